@@ -1,0 +1,128 @@
+//! What the daemon tells the kernel program.
+//!
+//! [`Config`] is a read-only global, fixed at load: the verifier sees its values as constants and drops the code that
+//! they switch off. The tables are array maps, changed while the program runs.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Name of the read-only global.
+pub const CONFIG: &str = "CONFIG";
+/// Name of the map of UDP ports: one value of [`PORTS`] bytes, indexed by the port in memory order, see [`port_flag`].
+pub const PORTS_MAP: &str = "PORTS";
+/// Name of the map from interface index to slot: one value of [`SLOTS_TABLE`] bytes, indexed by `ifindex & 0xffff`.
+pub const SLOTS_MAP: &str = "SLOTS";
+/// Name of the map of [`Device`], indexed by slot.
+pub const DEVICES_MAP: &str = "DEVICES";
+/// Name of the per-CPU map of [`crate::counters::Counters`], indexed by slot.
+pub const COUNTERS_MAP: &str = "COUNTERS";
+/// Name of the ring buffer of [`crate::event::Event`].
+pub const EVENTS_MAP: &str = "EVENTS";
+/// Name of the bounded LRU map of repeated anomalies.
+pub const FLOWS_MAP: &str = "FLOWS";
+/// Name of the program for uplinks.
+pub const UPLINK_PROGRAM: &str = "vxmon_uplink";
+/// Name of the program for VXLAN devices.
+pub const VXLAN_PROGRAM: &str = "vxmon_vxlan";
+
+/// Bytes in the port table.
+pub const PORTS: usize = 1 << 16;
+/// Bytes in the slot table.
+pub const SLOTS_TABLE: usize = 1 << 16;
+/// Slots: 0 means "not watched", so at most one device fewer can be watched at a time.
+pub const SLOTS: u32 = 128;
+/// Flows whose repeats are counted at a time; the least recently seen gives way.
+pub const FLOWS: u32 = 8192;
+/// Size of the ring buffer, bytes: some 1,300 events, as many as arrive in a second of a storm before the daemon is
+/// scheduled once.
+pub const RING: u32 = 1 << 19;
+/// Repeats of a flow's anomaly are sent no more often than this, ns.
+pub const REPEAT_INTERVAL_NS: u64 = 1_000_000_000;
+
+/// Bits of an entry in the port table.
+pub mod port_flag {
+    /// Packets to this port are tunnel packets.
+    pub const TUNNEL: u8 = 1;
+    /// A zero outer sum over IPv6 is wrong on this port.
+    pub const NO_ZERO_IPV6: u8 = 2;
+}
+
+/// Bits of [`Device::flags`].
+pub mod device_flag {
+    /// The device's packets have no Ethernet header.
+    pub const BARE: u32 = 1;
+    /// Another watched device lies below this one: remember what passed.
+    pub const HAS_LOWER: u32 = 2;
+}
+
+/// One watched device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Device {
+    /// Interface index.
+    pub ifindex: u32,
+    /// See [`device_flag`].
+    pub flags: u32,
+    /// Slots of the watched devices stacked on this one (VLAN, bond, bridge, macvlan), a bit each: a packet they have
+    /// counted is not counted again here.
+    pub above: [u64; 2],
+}
+
+/// Bytes of the skb that the program reads at once to get at its metadata.
+pub const WINDOW: usize = 160;
+
+/// Settings fixed at load. All offsets in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Config {
+    /// Sum the payload of one packet in this many; 0 and 1: of each.
+    pub sample: u32,
+    /// Bytes that `bpf_csum_diff` takes at once: 512 on kernels that copy them to a scratchpad first.
+    pub csum_chunk: u32,
+    /// Whether the skb's metadata is read; the offsets below count only then.
+    pub has_skb: u32,
+    /// Start of the window in `struct sk_buff`; the next offsets count from here.
+    pub window_start: u32,
+    /// Bytes in the window, at most [`WINDOW`].
+    pub window_len: u32,
+    /// The byte that holds `ip_summed`.
+    pub ip_summed: u32,
+    /// Its first bit in that byte.
+    pub ip_summed_shift: u32,
+    /// `csum_start` (u16, from `head`).
+    pub csum_start: u32,
+    /// `csum_offset` (u16, from csum_start).
+    pub csum_offset: u32,
+    /// `end` (u32, from `head`).
+    pub end: u32,
+    /// `head` (pointer).
+    pub head: u32,
+    /// `data` (pointer).
+    pub data: u32,
+    /// `gso_type` in `struct skb_shared_info` (u32).
+    pub gso_type: u32,
+    /// Whether the conntrack entry is read; the offsets below count only then.
+    pub has_conntrack: u32,
+    /// `_nfct` in `struct sk_buff` (pointer and three flag bits).
+    pub nfct: u32,
+    /// The original tuple in `struct nf_conn`.
+    pub tuple_orig: u32,
+    /// The reply tuple in `struct nf_conn`.
+    pub tuple_reply: u32,
+    /// `status` in `struct nf_conn` (unsigned long).
+    pub status: u32,
+}
+
+#[cfg(feature = "aya")]
+mod pod {
+    #![expect(unsafe_code, reason = "aya's Pod is an unsafe marker; zerocopy's derives prove what it asks")]
+    // SAFETY: repr(C), integers only, no padding (IntoBytes is derived).
+    unsafe impl aya::Pod for super::Device {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Config {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for crate::counters::Counters {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for crate::event::FlowKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for crate::event::FlowCount {}
+}

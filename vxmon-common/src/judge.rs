@@ -1,0 +1,541 @@
+//! Is this packet's checksum right, and if not, what is wrong with it?
+//!
+//! The one decision vxmon exists for; its table, from `udp_set_csum()` (net/ipv4/udp.c), `udp6_set_csum()`
+//! (net/ipv6/ip6_checksum.c) and `lco_csum()` (include/linux/skbuff.h), with C the UDP checksum field:
+//!
+//! | state of the skb | right content of C | verdict |
+//! |---|---|---|
+//! | any | 0 (IPv4; IPv6 if the device may) | `zero` |
+//! | GSO with `SKB_GSO_UDP_TUNNEL_CSUM` | folded pseudo-header sum, not complemented | `pending` |
+//! | GSO with `SKB_GSO_UDP_TUNNEL` only | 0, so any other value is wrong | |
+//! | PARTIAL, csum_start behind the UDP header (Local Checksum Offload) | final, by the inner check field | `lco-valid` |
+//! | PARTIAL, csum_start at the UDP header | folded pseudo-header sum, not complemented | `pending` |
+//! | not PARTIAL | full sum over the datagram | `valid` |
+//! | not known | whatever one of the rows allows | as that row |
+//!
+//! TC egress runs before `validate_xmit_skb()`, so an offloaded sum is still unfilled there: "checksum incorrect (maybe
+//! caused by offload)" is no fault here. Nothing in this file reads a map, a clock or a device.
+
+use crate::{
+    checksum::{Sum, same},
+    packet::{self, Family, Fragment, Ip, Packet, Stop, UDP, UDP_CHECK, UDP_DST, UDP_LEN, proto},
+};
+
+/// What the judge says of a packet it could judge. The numbers are fixed: they cross the ring buffer and index counters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Verdict {
+    /// No checksum is used (RFC 768; RFC 6935 for tunnels over IPv6).
+    Zero = 0,
+    /// The full sum is right.
+    Valid = 1,
+    /// The sum is right by Local Checksum Offload: the inner sum is filled in later, the outer one is final.
+    LcoValid = 2,
+    /// The field holds the right pseudo-header sum; the rest is filled in later.
+    Pending = 3,
+    /// Fault A: NAT "updated" a zero that means "no checksum".
+    NatMangledZero = 4,
+    /// Fault B: NAT rewrote port or address under Local Checksum Offload and left the final outer sum as it was.
+    NatStalePort = 5,
+    /// The outer sum is wrong for another cause, or one that could not be seen.
+    BadOuter = 6,
+    /// The sum of the packet that the VXLAN device is about to encapsulate is wrong.
+    BadInner = 7,
+    /// No outer checksum over IPv6 though the VXLAN device was not allowed to leave it out.
+    ZeroOuterV6 = 8,
+    /// Length fields contradict each other.
+    Malformed = 9,
+}
+
+impl Verdict {
+    /// All verdicts, in the order of their numbers.
+    pub const ALL: [Self; 10] = [
+        Self::Zero,
+        Self::Valid,
+        Self::LcoValid,
+        Self::Pending,
+        Self::NatMangledZero,
+        Self::NatStalePort,
+        Self::BadOuter,
+        Self::BadInner,
+        Self::ZeroOuterV6,
+        Self::Malformed,
+    ];
+
+    /// Whether it is a fault, to be reported.
+    #[inline(always)]
+    pub const fn is_anomaly(self) -> bool {
+        (self as u8) >= Self::NatMangledZero as u8
+    }
+
+    /// Name in events and reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Zero => "zero",
+            Self::Valid => "valid",
+            Self::LcoValid => "lco-valid",
+            Self::Pending => "pending",
+            Self::NatMangledZero => "nat-mangled-zero",
+            Self::NatStalePort => "nat-stale-port",
+            Self::BadOuter => "bad-outer",
+            Self::BadInner => "bad-inner",
+            Self::ZeroOuterV6 => "zero-outer-v6",
+            Self::Malformed => "malformed",
+        }
+    }
+}
+
+impl TryFrom<u8> for Verdict {
+    type Error = u8;
+    fn try_from(number: u8) -> Result<Self, u8> {
+        Self::ALL.get(usize::from(number)).copied().ok_or(number)
+    }
+}
+
+/// Why a packet could not be judged. Counted and shown, never reported as an anomaly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Reason {
+    /// A fragment: the rest of the datagram is in other packets.
+    Fragment = 0,
+    /// Longer than can be summed.
+    TooLong = 1,
+    /// Bytes that could not be read, or more headers than are walked through.
+    Unreadable = 2,
+    /// Left out by `--sample`.
+    Sampled = 3,
+    /// Wrong by every reading known, but one that cannot be told without the skb's metadata may be right.
+    Ambiguous = 4,
+}
+
+impl Reason {
+    /// All reasons, in the order of their numbers.
+    pub const ALL: [Self; 5] = [Self::Fragment, Self::TooLong, Self::Unreadable, Self::Sampled, Self::Ambiguous];
+
+    /// Name in events and reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Fragment => "fragment",
+            Self::TooLong => "too-long",
+            Self::Unreadable => "unreadable",
+            Self::Sampled => "sampled",
+            Self::Ambiguous => "ambiguous",
+        }
+    }
+}
+
+/// `skb->ip_summed` (include/linux/skbuff.h, "CHECKSUM_*"), or not known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum State {
+    /// CHECKSUM_NONE: at transmit, the packet's sums are final.
+    None = 0,
+    /// CHECKSUM_UNNECESSARY: the same at transmit.
+    Unnecessary = 1,
+    /// CHECKSUM_COMPLETE: the same at transmit.
+    Complete = 2,
+    /// CHECKSUM_PARTIAL: the sum from csum_start on is filled in later.
+    Partial = 3,
+    /// The skb's metadata is not to be had.
+    Unknown = 4,
+}
+
+impl State {
+    /// All states, in the order of their numbers.
+    pub const ALL: [Self; 5] = [Self::None, Self::Unnecessary, Self::Complete, Self::Partial, Self::Unknown];
+
+    /// Name in events and reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Unnecessary => "unnecessary",
+            Self::Complete => "complete",
+            Self::Partial => "partial",
+            Self::Unknown => "unknown",
+        }
+    }
+
+    /// From the two bits of `ip_summed`.
+    #[inline(always)]
+    pub const fn from_ip_summed(bits: u8) -> Self {
+        match bits {
+            0 => Self::None,
+            1 => Self::Unnecessary,
+            2 => Self::Complete,
+            3 => Self::Partial,
+            _ => Self::Unknown,
+        }
+    }
+}
+
+impl TryFrom<u8> for State {
+    type Error = u8;
+    fn try_from(number: u8) -> Result<Self, u8> {
+        Self::ALL.get(usize::from(number)).copied().ok_or(number)
+    }
+}
+
+/// `SKB_GSO_UDP_TUNNEL` (include/linux/skbuff.h): a tunnel without outer checksum.
+pub const SKB_GSO_UDP_TUNNEL: u32 = 1 << 9;
+/// `SKB_GSO_UDP_TUNNEL_CSUM`: a tunnel with outer checksum.
+pub const SKB_GSO_UDP_TUNNEL_CSUM: u32 = 1 << 10;
+
+/// What the skb says of its checksum, beside the packet's bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Skb {
+    /// `ip_summed`.
+    pub state: State,
+    /// Where the sum that is filled in later starts, bytes from the packet's first byte. Only with PARTIAL.
+    pub csum_start: u32,
+    /// Where that sum is put, bytes from `csum_start`. Only with PARTIAL.
+    pub csum_offset: u32,
+    /// Payload bytes of each segment; 0: not GSO.
+    pub gso_size: u32,
+    /// `SKB_GSO_*` bits.
+    pub gso_type: u32,
+}
+
+impl Skb {
+    /// Nothing is known.
+    pub const UNKNOWN: Self = Self { state: State::Unknown, csum_start: 0, csum_offset: 0, gso_size: 0, gso_type: 0 };
+}
+
+/// A verdict and the two values it rests on, memory order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// The verdict.
+    pub verdict: Verdict,
+    /// The checksum field.
+    pub seen: u16,
+    /// What it should hold; `None` where no one value is right (`zero-outer-v6`, `malformed`).
+    pub expected: Option<u16>,
+}
+
+/// What came of looking at a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Not a packet with a checksum to judge here.
+    Other,
+    /// One that could not be judged.
+    Unverified(Reason),
+    /// One that was.
+    Judged(Finding),
+}
+
+/// What the judge asks of its surroundings. In the kernel these are maps and helpers; each is asked only when needed.
+pub trait Surroundings {
+    /// Whether UDP packets to this port (memory order) are tunnel packets.
+    fn is_tunnel_port(&self, port: u16) -> bool;
+    /// Whether a zero outer sum over IPv6 to this port (memory order) is wrong: every VXLAN device with that port was
+    /// told to send one (no `udp6zerocsumtx`).
+    fn zero_over_ipv6_is_wrong(&self, port: u16) -> bool;
+    /// The skb's metadata.
+    fn skb(&self) -> Skb;
+    /// Whether this packet's whole payload is to be summed (`--sample`).
+    fn sum_payload(&self) -> bool;
+}
+
+/// The outer headers of a tunnel packet, once found; the caller needs them to report it.
+#[derive(Clone, Copy, Debug)]
+pub struct Found {
+    /// IP header; its `l4` is the UDP header's offset on an uplink, the inner L4 header's on a VXLAN device.
+    pub ip: Ip,
+    /// What came of it.
+    pub outcome: Outcome,
+}
+
+/// Judges the outer checksum of a packet leaving by an uplink. `ethertype` (memory order) is `None` for a device with
+/// Ethernet headers, otherwise the protocol of the bare packet. `None`: not a tunnel packet.
+#[inline(always)]
+pub fn uplink<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ethertype: Option<u16>) -> Option<Found> {
+    let (ethertype, l3) = match ethertype {
+        Some(bare) => (bare, 0),
+        None => packet::ethernet(packet, 0).ok()?,
+    };
+    let ip = packet::ip(packet, ethertype, l3).ok()?;
+    if ip.proto != proto::UDP || ip.fragment == Fragment::Later {
+        return None;
+    }
+    let port = packet.u16(ip.l4 + UDP_DST)?;
+    if !surroundings.is_tunnel_port(port) {
+        return None;
+    }
+    let outcome = if ip.fragment == Fragment::No {
+        udp(packet, surroundings, &ip, Some(port))
+    } else {
+        Outcome::Unverified(Reason::Fragment)
+    };
+    Some(Found { ip, outcome })
+}
+
+/// Judges the L4 checksum of a frame that a VXLAN device is about to encapsulate. `ethertype` as for [`uplink`].
+/// `None`: a frame without a checksum that vxmon knows (ARP, SCTP, ESP, …).
+#[inline(always)]
+pub fn vxlan_device<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ethertype: Option<u16>) -> Option<Found> {
+    let (ethertype, l3) = match ethertype {
+        Some(bare) => (bare, 0),
+        None => packet::ethernet(packet, 0).ok()?,
+    };
+    let ip = packet::ip(packet, ethertype, l3).ok()?;
+    let check = packet::check_offset(ip.family, ip.proto)?;
+    let outcome = if ip.fragment != Fragment::No {
+        Outcome::Unverified(Reason::Fragment)
+    } else if ip.proto == proto::UDP {
+        match udp(packet, surroundings, &ip, None) {
+            Outcome::Judged(Finding { verdict, seen, expected }) if verdict.is_anomaly() => {
+                let verdict = if matches!(verdict, Verdict::Malformed) { verdict } else { Verdict::BadInner };
+                Outcome::Judged(Finding { verdict, seen, expected })
+            }
+            outcome => outcome,
+        }
+    } else {
+        l4(packet, surroundings, &ip, check)
+    };
+    Some(Found { ip, outcome })
+}
+
+const UNREADABLE: Outcome = Outcome::Unverified(Reason::Unreadable);
+const AMBIGUOUS: Outcome = Outcome::Unverified(Reason::Ambiguous);
+const MALFORMED: Outcome = Outcome::Judged(Finding { verdict: Verdict::Malformed, seen: 0, expected: None });
+/// No IP packet is longer, jumbograms and BIG TCP aside.
+const MAX_IP: u32 = 0xffff;
+
+/// Length of the L4 part by the IP header, or what is wrong with it.
+#[inline(always)]
+fn l4_length<P: Packet>(packet: &P, ip: &Ip) -> Result<u32, Outcome> {
+    let len = packet.len();
+    let end = if ip.end != 0 {
+        ip.end
+    } else if len > MAX_IP {
+        len // the IP header has no room for the length: BIG TCP
+    } else {
+        return Err(MALFORMED);
+    };
+    if end > len || ip.l4 > end { Err(MALFORMED) } else { Ok(end - ip.l4) }
+}
+
+/// Judges a UDP checksum: the outer one (`tunnel` is its port, memory order), or one inside.
+#[inline(always)]
+fn udp<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip, tunnel: Option<u16>) -> Outcome {
+    let (Some(length), Some(seen)) = (packet.u16(ip.l4 + UDP_LEN), packet.u16(ip.l4 + UDP_CHECK)) else {
+        return UNREADABLE;
+    };
+    let available = match l4_length(packet, ip) {
+        Ok(available) => available,
+        Err(outcome) => return outcome,
+    };
+    let length = match u32::from(u16::from_be(length)) {
+        0 if available > MAX_IP => available,
+        length if length < UDP || length > available => return MALFORMED,
+        length => length,
+    };
+    if seen == 0 {
+        let wrong = match (ip.family, tunnel) {
+            (Family::V6, Some(port)) => surroundings.zero_over_ipv6_is_wrong(port),
+            _ => false,
+        };
+        let verdict = if wrong { Verdict::ZeroOuterV6 } else { Verdict::Zero };
+        return Outcome::Judged(Finding { verdict, seen, expected: None });
+    }
+    if ip.rerouted {
+        return AMBIGUOUS;
+    }
+    let Some(pseudo) = packet::pseudo_header(packet, ip, length) else {
+        return UNREADABLE;
+    };
+    let datagram = Datagram { at: ip.l4, length, seen, pseudo, wrong: Verdict::BadOuter };
+    let skb = surroundings.skb();
+    match skb.state {
+        State::Unknown => datagram.any_reading(packet, surroundings),
+        State::Partial if skb.gso_size > 0 => {
+            if skb.gso_type & SKB_GSO_UDP_TUNNEL_CSUM != 0 || skb.csum_start == ip.l4 {
+                datagram.pending()
+            } else if skb.gso_type & SKB_GSO_UDP_TUNNEL != 0 {
+                // Without TUNNEL_CSUM the device sends no outer sum: something wrote to a field that was 0.
+                Outcome::Judged(Finding { verdict: Verdict::NatMangledZero, seen, expected: Some(0) })
+            } else {
+                datagram.any_reading(packet, surroundings)
+            }
+        }
+        State::Partial if skb.csum_start == ip.l4 => datagram.pending(),
+        State::Partial if skb.csum_start >= ip.l4 + UDP && skb.csum_start <= ip.l4 + length => {
+            datagram.lco(packet, skb.csum_start, skb.csum_offset)
+        }
+        State::Partial => datagram.any_reading(packet, surroundings),
+        State::None | State::Unnecessary | State::Complete => datagram.full(packet, surroundings),
+    }
+}
+
+/// Judges the checksum of an inner TCP, ICMP or ICMPv6 packet.
+#[inline(always)]
+fn l4<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip, check: u32) -> Outcome {
+    let length = match l4_length(packet, ip) {
+        Ok(length) => length,
+        Err(outcome) => return outcome,
+    };
+    if length < check + 2 {
+        return MALFORMED;
+    }
+    if ip.rerouted {
+        return AMBIGUOUS;
+    }
+    let has_pseudo_header = ip.proto != proto::ICMP;
+    let (Some(seen), Some(pseudo)) = (packet.u16(ip.l4 + check), packet::pseudo_header(packet, ip, length)) else {
+        return UNREADABLE;
+    };
+    let pseudo = if has_pseudo_header { pseudo } else { Sum::ZERO };
+    let datagram = Datagram { at: ip.l4, length, seen, pseudo, wrong: Verdict::BadInner };
+    let skb = surroundings.skb();
+    match skb.state {
+        State::Partial if skb.csum_start == ip.l4 && has_pseudo_header => {
+            // Some guests leave the length out of the pseudo-header of a packet to be segmented, as their own
+            // hardware wants it (Windows LSO); the host's segmentation puts it right.
+            let without_length = pseudo.minus(Sum::ZERO.add_u32(length.to_be())).fold();
+            if skb.gso_size > 0 && same(seen, without_length) {
+                Outcome::Judged(Finding { verdict: Verdict::Pending, seen, expected: Some(seen) })
+            } else {
+                datagram.pending()
+            }
+        }
+        State::None | State::Unnecessary | State::Complete => datagram.full(packet, surroundings),
+        State::Partial | State::Unknown => {
+            if has_pseudo_header && same(seen, pseudo.fold()) {
+                datagram.pending()
+            } else {
+                datagram.full(packet, surroundings)
+            }
+        }
+    }
+}
+
+/// A span of bytes with a checksum in it, and the rows of the table as its methods.
+struct Datagram {
+    /// Offset of the L4 header.
+    at: u32,
+    /// Length of L4 header and payload.
+    length: u32,
+    /// The checksum field.
+    seen: u16,
+    /// Pseudo-header sum, with the length.
+    pseudo: Sum,
+    /// The verdict if it is wrong.
+    wrong: Verdict,
+}
+
+impl Datagram {
+    #[inline(always)]
+    fn found(&self, right: bool, good: Verdict, expected: u16) -> Outcome {
+        let (verdict, expected) = if right { (good, self.seen) } else { (self.wrong, expected) };
+        Outcome::Judged(Finding { verdict, seen: self.seen, expected: Some(expected) })
+    }
+
+    /// The field holds the pseudo-header sum.
+    #[inline(always)]
+    fn pending(&self) -> Outcome {
+        let expected = self.pseudo.fold();
+        self.found(same(self.seen, expected), Verdict::Pending, expected)
+    }
+
+    /// The field is final, by Local Checksum Offload: from `csum_start` on, the packet will sum to the complement of
+    /// what stands in the inner check field now, so that the payload need not be read (lco_csum(), include/linux/skbuff.h).
+    #[inline(always)]
+    fn lco(&self, packet: &impl Packet, csum_start: u32, csum_offset: u32) -> Outcome {
+        match self.lco_sum(packet, csum_start, csum_offset) {
+            Some(sum) => self.found(sum.is_all_ones(), Verdict::LcoValid, sum.minus_u16(self.seen).to_check()),
+            None => UNREADABLE,
+        }
+    }
+
+    #[inline(always)]
+    fn lco_sum(&self, packet: &impl Packet, csum_start: u32, csum_offset: u32) -> Option<Sum> {
+        let headers = packet.sum(self.at, csum_start - self.at)?;
+        let inner = packet.u16(csum_start + csum_offset)?;
+        Some(self.pseudo.plus(headers).add_u16(!inner))
+    }
+
+    /// The field is final, over everything.
+    #[inline(always)]
+    fn full(&self, packet: &impl Packet, surroundings: &impl Surroundings) -> Outcome {
+        if !surroundings.sum_payload() {
+            return Outcome::Unverified(Reason::Sampled);
+        }
+        if self.length > MAX_IP {
+            return Outcome::Unverified(Reason::TooLong);
+        }
+        match packet.sum(self.at, self.length) {
+            Some(sum) => {
+                let sum = self.pseudo.plus(sum);
+                self.found(sum.is_all_ones(), Verdict::Valid, sum.minus_u16(self.seen).to_check())
+            }
+            None => UNREADABLE,
+        }
+    }
+
+    /// Without the skb's metadata (UDP only): accepts what any row allows. Calls it wrong only if the inner packet
+    /// shows which row applies: its own sum is pending (so the outer one is by LCO), or final (so the outer one is
+    /// full). Where it shows neither, as with a tunnel inside the tunnel, it stays open.
+    #[inline(always)]
+    fn any_reading(&self, packet: &impl Packet, surroundings: &impl Surroundings) -> Outcome {
+        if same(self.seen, self.pseudo.fold()) {
+            return self.pending();
+        }
+        let inner = match packet::inner(packet, self.at) {
+            Ok(ip) => Inner::read(packet, &ip),
+            Err(Stop::NotIp) => None,
+            Err(Stop::Unreadable) => None,
+        };
+        if let Some(inner) = &inner
+            && let Some(sum) = self.lco_sum(packet, inner.at, inner.check)
+            && sum.is_all_ones()
+        {
+            return self.found(true, Verdict::LcoValid, self.seen);
+        }
+        let full = self.full(packet, surroundings);
+        let Outcome::Judged(Finding { verdict, .. }) = full else {
+            return full;
+        };
+        if !verdict.is_anomaly() {
+            return full;
+        }
+        match inner {
+            Some(inner) if inner.is_pending() => self.lco(packet, inner.at, inner.check),
+            Some(inner) if inner.is_final(packet) => full,
+            _ => AMBIGUOUS,
+        }
+    }
+}
+
+/// The L4 part of a packet inside a tunnel packet.
+struct Inner {
+    at: u32,
+    check: u32,
+    length: u32,
+    seen: u16,
+    pseudo: Sum,
+}
+
+impl Inner {
+    #[inline(always)]
+    fn read(packet: &impl Packet, ip: &Ip) -> Option<Self> {
+        let check = packet::check_offset(ip.family, ip.proto)?;
+        let length = l4_length(packet, ip).ok()?;
+        if ip.fragment != Fragment::No || ip.rerouted || length < check + 2 {
+            return None;
+        }
+        let pseudo = if ip.proto == proto::ICMP { Sum::ZERO } else { packet::pseudo_header(packet, ip, length)? };
+        Some(Self { at: ip.l4, check, length, seen: packet.u16(ip.l4 + check)?, pseudo })
+    }
+
+    #[inline(always)]
+    fn is_pending(&self) -> bool {
+        self.seen != 0 && same(self.seen, self.pseudo.fold())
+    }
+
+    #[inline(always)]
+    fn is_final(&self, packet: &impl Packet) -> bool {
+        let unused = self.seen == 0 && self.check == UDP_CHECK; // RFC 768: 0 means none
+        unused
+            || self.length <= MAX_IP
+                && packet.sum(self.at, self.length).is_some_and(|sum| self.pseudo.plus(sum).is_all_ones())
+    }
+}
