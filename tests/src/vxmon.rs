@@ -1,0 +1,275 @@
+//! A running `vxmon attach`.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Read},
+    path::{Path, PathBuf},
+    process::{Child, ExitStatus, Stdio},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::Value;
+
+use crate::{Netns, cmd};
+
+/// How long it may take to attach, or to end.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A `vxmon attach` that runs in a namespace. Dropping it kills it.
+#[derive(Debug)]
+pub struct Vxmon {
+    child: Child,
+    shared: Arc<Shared>,
+    readers: Vec<JoinHandle<()>>,
+    /// From the start of the process until it said that it was attached.
+    pub ready_after: Duration,
+}
+
+/// What is known once it has ended.
+#[derive(Debug)]
+pub struct Finished {
+    /// Every `anomaly` line.
+    pub events: Vec<Value>,
+    /// Every JSON line, of whatever type.
+    pub all: Vec<Value>,
+    /// The `summary` line; null if there was none.
+    pub summary: Value,
+    /// Standard output as lines, for formats other than JSON.
+    pub stdout: Vec<String>,
+    /// Standard error.
+    pub stderr: String,
+    /// How it ended.
+    pub status: ExitStatus,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    output: Mutex<Output>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Output {
+    stdout: Vec<String>,
+    json: Vec<Value>,
+    stderr: String,
+    closed: u8,
+}
+
+impl Output {
+    fn of_type<'all>(&'all self, kind: &'all str) -> impl Iterator<Item = &'all Value> {
+        self.json.iter().filter(move |value| value["type"] == kind)
+    }
+}
+
+/// The binary under test: `VXMON_BIN`, else `target/release/vxmon` of the workspace.
+pub fn binary() -> Result<PathBuf> {
+    let path = std::env::var_os("VXMON_BIN")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/release/vxmon"), PathBuf::from);
+    path.canonicalize().with_context(|| format!("no {}: run `cargo build --release`, or set VXMON_BIN", path.display()))
+}
+
+impl Vxmon {
+    /// Starts `vxmon attach ARGS…` in `node` and waits until it is attached to at least one device.
+    pub fn attach(node: &Netns, args: &[&str]) -> Result<Self> {
+        Self::attach_to(node, 1, args)
+    }
+
+    /// As [`attach`](Self::attach), but waits until it is attached to `devices` devices.
+    ///
+    /// Attached is what an `attached` line on stdout says; without `--format json`, the first line on stderr.
+    pub fn attach_to(node: &Netns, devices: usize, args: &[&str]) -> Result<Self> {
+        let vxmon = Self::start(node, args)?;
+        let json = args.windows(2).any(|pair| pair == ["--format", "json"]) || args.contains(&"--format=json");
+        vxmon.until_ready(devices, json)
+    }
+
+    /// Starts `vxmon attach ARGS…` in `node` and does not wait: for what is expected to fail.
+    pub fn start(node: &Netns, args: &[&str]) -> Result<Self> {
+        let mut command = node.command(binary()?);
+        command.arg("attach").args(args);
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot run `{}`", cmd::line(&command)))?;
+        let shared = Arc::new(Shared::default());
+        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+        let readers = vec![
+            read_lines(&shared, stdout, |output, line| {
+                output.json.extend(serde_json::from_str::<Value>(&line).ok().filter(Value::is_object));
+                output.stdout.push(line);
+            })?,
+            read_lines(&shared, stderr, |output, line| {
+                output.stderr.push_str(&line);
+                output.stderr.push('\n');
+            })?,
+        ];
+        Ok(Self { child, shared, readers, ready_after: Duration::ZERO })
+    }
+
+    fn until_ready(mut self, devices: usize, json: bool) -> Result<Self> {
+        let start = Instant::now();
+        let ready = |output: &Output| {
+            if json { output.of_type("attached").count() >= devices } else { output.stderr.contains('\n') }
+        };
+        let output = self.wait_until(PATIENCE, ready);
+        if !ready(&output) {
+            let said = output.stderr.trim_end().to_owned();
+            drop(output);
+            bail!("vxmon attach is not ready after {:?}; it said: {said}", start.elapsed());
+        }
+        drop(output);
+        self.ready_after = start.elapsed();
+        Ok(self)
+    }
+
+    /// Waits until there are `count` anomalies, or `limit` has passed; returns those that there are.
+    #[must_use]
+    pub fn wait_events(&self, count: usize, limit: Duration) -> Vec<Value> {
+        self.wait_type("anomaly", count, limit)
+    }
+
+    /// As [`wait_events`](Self::wait_events), for lines of another type.
+    #[must_use]
+    pub fn wait_type(&self, kind: &str, count: usize, limit: Duration) -> Vec<Value> {
+        let output = self.wait_until(limit, |output| output.of_type(kind).count() >= count);
+        output.of_type(kind).cloned().collect()
+    }
+
+    /// The anomalies so far.
+    #[must_use]
+    pub fn events(&self) -> Vec<Value> {
+        self.wait_events(0, Duration::ZERO)
+    }
+
+    /// The lines of standard output so far.
+    #[must_use]
+    pub fn stdout(&self) -> Vec<String> {
+        self.lock().stdout.clone()
+    }
+
+    /// Standard error so far.
+    #[must_use]
+    pub fn stderr(&self) -> String {
+        self.lock().stderr.clone()
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Resident memory, in bytes.
+    pub fn resident(&self) -> Result<u64> {
+        let path = format!("/proc/{}/status", self.pid());
+        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+        let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS: it has ended")?;
+        let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().context("cannot read VmRSS")?;
+        Ok(kib * 1024)
+    }
+
+    /// CPU time used so far, in user and kernel mode.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        let path = format!("/proc/{}/stat", self.pid());
+        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+        // The name, in parentheses, may have spaces; user and system time are the 12th and 13th fields after it.
+        let fields = text.rsplit_once(") ").map(|(_, fields)| fields.split_whitespace()).context("cannot read it")?;
+        let ticks: u64 = fields.skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
+        // USER_HZ is 100 on all architectures that matter here.
+        Ok(Duration::from_millis(ticks * 10))
+    }
+
+    /// Whether it still runs.
+    pub fn is_running(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        kill(Pid::from_raw(self.pid().cast_signed()), signal).context("vxmon is gone")
+    }
+
+    /// Asks it to end, as Ctrl-C does, and waits until it has.
+    pub fn stop(self) -> Result<Finished> {
+        // It may have ended by itself (`--count`, `--duration`).
+        let _ = self.signal(Signal::SIGINT);
+        self.wait(PATIENCE)
+    }
+
+    /// Ends it with SIGKILL: nothing of its own clean-up runs.
+    pub fn kill(mut self) -> Result<Finished> {
+        self.child.kill()?;
+        self.wait(PATIENCE)
+    }
+
+    /// Waits until it ends by itself.
+    pub fn wait(mut self, limit: Duration) -> Result<Finished> {
+        let start = Instant::now();
+        let status = loop {
+            if let Some(status) = self.child.try_wait()? {
+                break status;
+            }
+            if start.elapsed() > limit {
+                bail!("vxmon did not end within {limit:?}; it said: {}", self.stderr().trim_end());
+            }
+            thread::sleep(Duration::from_millis(2));
+        };
+        for reader in self.readers.drain(..) {
+            let _ = reader.join();
+        }
+        let mut output = self.lock();
+        Ok(Finished {
+            events: output.of_type("anomaly").cloned().collect(),
+            summary: output.of_type("summary").last().cloned().unwrap_or(Value::Null),
+            all: std::mem::take(&mut output.json),
+            stdout: std::mem::take(&mut output.stdout),
+            stderr: std::mem::take(&mut output.stderr),
+            status,
+        })
+    }
+
+    /// Waits until the output satisfies `done`, is complete, or `limit` has passed.
+    fn wait_until(&self, limit: Duration, done: impl Fn(&Output) -> bool) -> MutexGuard<'_, Output> {
+        let guard = self.lock();
+        let waited = self.shared.changed.wait_timeout_while(guard, limit, |output| !done(output) && output.closed < 2);
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Output> {
+        self.shared.output.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Vxmon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn read_lines(
+    shared: &Arc<Shared>,
+    pipe: Option<impl Read + Send + 'static>,
+    mut take: impl FnMut(&mut Output, String) + Send + 'static,
+) -> Result<JoinHandle<()>> {
+    let shared = Arc::clone(shared);
+    let pipe = BufReader::new(pipe.context("a child without an output")?);
+    Ok(thread::Builder::new().name("vxmon-output".to_owned()).spawn(move || {
+        for line in pipe.lines().map_while(Result::ok) {
+            take(&mut shared.output.lock().unwrap_or_else(PoisonError::into_inner), line);
+            shared.changed.notify_all();
+        }
+        shared.output.lock().unwrap_or_else(PoisonError::into_inner).closed += 1;
+        shared.changed.notify_all();
+    })?)
+}

@@ -1,0 +1,360 @@
+//! The lab itself: without vxmon, tcpdump, conntrack and the receiver's counters show fault B where it must be, and
+//! nothing where it must not be. If one of these fails, what the other tests say means nothing.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
+use vxmon_tests::{
+    Backend, Capture, Captured, Family, Lab, LabOptions, RuleForm, Rules, Topology,
+    counters::{GsoCounter, conntrack_vxlan, udp_csum_errors},
+    lab::{Side, ethtool},
+    skip,
+    traffic::{self, BulkMode, BulkServer, HttpServer, OuterSum, RawSender, UdpClient, UdpMode, UdpServer, VnetHdr},
+};
+
+const LIMIT: Duration = Duration::from_secs(5);
+const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
+
+/// What a request to the service looks like from all sides.
+struct Request {
+    connect: Duration,
+    packets: Vec<Captured>,
+    rewritten: usize,
+    dropped: u64,
+}
+
+impl Request {
+    fn bad(&self) -> Vec<&Captured> {
+        self.packets.iter().filter(|packet| packet.bad).collect()
+    }
+}
+
+/// Connects to the service over `inner` and looks.
+fn request(lab: &Lab, inner: Family) -> Result<Request> {
+    let underlay = lab.options().underlay;
+    let _server = HttpServer::start(&lab.b, lab.pod_socket(inner))?;
+    let before = udp_csum_errors(&lab.b, underlay)?;
+    let capture = Capture::vxlan(lab)?;
+    let connect = traffic::http_get(&lab.a, lab.service_socket(inner), LIMIT)?;
+    let packets = capture.stop()?;
+    let entries = conntrack_vxlan(&lab.a, underlay, lab.options().port)?;
+    Ok(Request {
+        connect,
+        packets,
+        rewritten: entries.iter().filter(|entry| entry.port_rewritten()).count(),
+        dropped: udp_csum_errors(&lab.b, underlay)? - before,
+    })
+}
+
+fn with_rules(options: LabOptions, rules: &Rules) -> Result<Lab> {
+    let lab = options.build()?;
+    lab.rules(rules)?;
+    Ok(lab)
+}
+
+/// The first SYN has a bad sum, its connection a new port, the receiver drops it, and the retransmit gets through.
+fn shows_fault_b(lab: &Lab, inner: Family) -> Result<()> {
+    let request = request(lab, inner)?;
+    let bad = request.bad();
+    ensure!(bad.len() == 1, "{} bad packets of {:#?}", bad.len(), request.packets);
+    ensure!(bad[0] == &request.packets[0], "not the first packet: {:#?}", request.packets);
+    ensure!(bad[0].seen != bad[0].expected && bad[0].seen != Some(0), "{:?}", bad[0]);
+    ensure!(request.rewritten == 1, "{} rewritten connections", request.rewritten);
+    ensure!(request.dropped == 1, "the receiver dropped {}", request.dropped);
+    ensure!(request.connect > Duration::from_millis(900), "connected after {:?}", request.connect);
+    Ok(())
+}
+
+fn shows_no_fault(lab: &Lab, inner: Family) -> Result<()> {
+    let request = request(lab, inner)?;
+    ensure!(!request.packets.is_empty(), "nothing captured");
+    ensure!(request.bad().is_empty(), "bad packets: {:#?}", request.bad());
+    ensure!(request.dropped == 0, "the receiver dropped {}", request.dropped);
+    ensure!(request.connect < Duration::from_millis(500), "connected after {:?}", request.connect);
+    Ok(())
+}
+
+#[test]
+fn fault_b_shows_with_each_backend_and_family() -> Result<()> {
+    if !skip::root_or_skip("fault_b_shows_with_each_backend_and_family") {
+        return Ok(());
+    }
+    for underlay in FAMILIES {
+        for backend in Backend::ALL {
+            let rules = Rules { backend, comments: true, ..Rules::default() };
+            let lab = with_rules(LabOptions { underlay, ..LabOptions::default() }, &rules)?;
+            for inner in FAMILIES {
+                let context = format!("{backend:?}, underlay {underlay:?}, inner {inner:?}");
+                shows_fault_b(&lab, inner).map_err(|error| error.context(context))?;
+                lab.flush_conntrack()?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn fixed_rules_have_no_fault() -> Result<()> {
+    if !skip::root_or_skip("fixed_rules_have_no_fault") {
+        return Ok(());
+    }
+    for underlay in FAMILIES {
+        for backend in Backend::ALL {
+            let rules = Rules { backend, form: RuleForm::Fixed, ..Rules::default() };
+            let lab = with_rules(LabOptions { underlay, ..LabOptions::default() }, &rules)?;
+            for inner in FAMILIES {
+                let context = format!("{backend:?}, underlay {underlay:?}, inner {inner:?}");
+                shows_no_fault(&lab, inner).map_err(|error| error.context(context))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_rule_ahead_of_the_fixed_ones_brings_the_fault_back() -> Result<()> {
+    if !skip::root_or_skip("a_rule_ahead_of_the_fixed_ones_brings_the_fault_back") {
+        return Ok(());
+    }
+    for backend in Backend::ALL {
+        for form in [RuleForm::OldBeforeFixed, RuleForm::SnatBeforeFixed] {
+            let lab = with_rules(LabOptions::default(), &Rules { backend, form, ..Rules::default() })?;
+            for inner in FAMILIES {
+                let context = format!("{backend:?}, {form:?}, inner {inner:?}");
+                shows_fault_b(&lab, inner).map_err(|error| error.context(context))?;
+                lab.flush_conntrack()?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn rules_can_be_flushed() -> Result<()> {
+    if !skip::root_or_skip("rules_can_be_flushed") {
+        return Ok(());
+    }
+    let lab = LabOptions::default().build()?;
+    for backend in Backend::ALL {
+        lab.rules(&Rules { backend, ..Rules::default() })?;
+    }
+    lab.flush_rules()?;
+    let left = lab.a.run("iptables-legacy-save", &[])? + &lab.a.run("nft", &["list", "ruleset"])?;
+    ensure!(!left.contains("KUBE") && !left.contains("kube"), "left: {left}");
+    ensure!(traffic::http_get(&lab.a, lab.service_socket(Family::V4), Duration::from_millis(100)).is_err());
+    Ok(())
+}
+
+#[test]
+fn every_mitigation_and_topology_works() -> Result<()> {
+    if !skip::root_or_skip("every_mitigation_and_topology_works") {
+        return Ok(());
+    }
+    let rules = Rules::default();
+    for underlay in FAMILIES {
+        let options = LabOptions { underlay, ..LabOptions::default() };
+        // No inner offload: the inner sum is complete before the packet is encapsulated, so the outer one is not LCO.
+        let lab = with_rules(LabOptions { vxlan_tx_offload: false, ..options.clone() }, &rules)?;
+        shows_no_fault(&lab, Family::V4)?;
+        // No outer sum: nothing to go stale (on a kernel without fault A).
+        let lab = with_rules(LabOptions { udpcsum: false, ..options.clone() }, &rules)?;
+        shows_no_fault(&lab, Family::V4)?;
+        for topology in [Topology::Bridge, Topology::Macvlan] {
+            let lab = with_rules(LabOptions { topology, ..options.clone() }, &rules)?;
+            shows_fault_b(&lab, Family::V4).map_err(|error| error.context(format!("{topology:?}, {underlay:?}")))?;
+        }
+        let lab = with_rules(
+            LabOptions { fixed_lower: false, mtu: 9000, segmentation: false, port: 4789, vni: 4096, ..options },
+            &rules,
+        )?;
+        shows_fault_b(&lab, Family::V4)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn offload_of_the_uplink_hides_the_fault_from_the_receiver() -> Result<()> {
+    if !skip::root_or_skip("offload_of_the_uplink_hides_the_fault_from_the_receiver") {
+        return Ok(());
+    }
+    let lab = with_rules(LabOptions { uplink_tx_offload: true, ..LabOptions::default() }, &Rules::default())?;
+    let request = request(&lab, Family::V4)?;
+    ensure!(request.rewritten == 1 && request.dropped == 0, "{} {}", request.rewritten, request.dropped);
+    ensure!(request.connect < Duration::from_millis(500), "connected after {:?}", request.connect);
+    Ok(())
+}
+
+#[test]
+fn gso_packets_reach_the_egress_of_the_uplink() -> Result<()> {
+    if !skip::root_or_skip("gso_packets_reach_the_egress_of_the_uplink") {
+        return Ok(());
+    }
+    for underlay in FAMILIES {
+        for (uplink_tx_offload, segmentation) in [(false, true), (true, true), (false, false)] {
+            let options = LabOptions { underlay, uplink_tx_offload, segmentation, ..LabOptions::default() };
+            let lab = options.build()?;
+            for inner in FAMILIES {
+                let address = lab.pod_socket(inner);
+                let server = BulkServer::start(&lab.b, address)?;
+                let counter = GsoCounter::start(&lab.a, "uplink", 1500)?;
+                let capture = Capture::vxlan(&lab)?;
+                for mode in BulkMode::ALL {
+                    traffic::bulk_send(&lab.a, address, 4 << 20, mode)?;
+                }
+                let (big, packets) = (counter.count()?, capture.stop()?);
+                let context = format!("{underlay:?} {inner:?} tx {uplink_tx_offload} segmentation {segmentation}");
+                ensure!(server.received() == 12 << 20, "{context}: received {}", server.received());
+                ensure!((big > 0) == segmentation, "{context}: {big} big packets");
+                // tcpdump sees what the device sees: cut by the kernel unless the device does it.
+                let long = packets.iter().filter(|packet| packet.length > 1500).count();
+                ensure!((long > 0) == (uplink_tx_offload && segmentation), "{context}: {long} long packets captured");
+                if !uplink_tx_offload {
+                    ensure!(packets.iter().all(|packet| !packet.bad), "{context}: bad packets");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn every_kind_of_datagram_arrives() -> Result<()> {
+    if !skip::root_or_skip("every_kind_of_datagram_arrives") {
+        return Ok(());
+    }
+    for underlay in FAMILIES {
+        let lab = LabOptions { underlay, ..LabOptions::default() }.build()?;
+        for inner in FAMILIES {
+            let server = UdpServer::start(&lab.b, lab.pod_udp(inner), true)?;
+            let client = UdpClient::connect(&lab.a, lab.pod_udp(inner))?;
+            for size in [0, 1, 100, 1401, 5000] {
+                ensure!(client.ask(size, LIMIT)?.is_some(), "{underlay:?} {inner:?}: {size} bytes lost");
+            }
+            let before = server.datagrams();
+            client.send(1200, UdpMode::Corked { parts: 3 })?;
+            client.send(9001, UdpMode::Corked { parts: 9 })?;
+            client.send(12_000, UdpMode::Segment { size: 1200 })?;
+            ensure!(server.wait(before + 12, LIMIT), "{underlay:?} {inner:?}: {} arrived", server.datagrams() - before);
+            for size in [56, 3000] {
+                let echo = traffic::icmp_echo(&lab.a, Side::B.pod(inner), size, LIMIT)?;
+                ensure!(echo.is_some(), "{underlay:?} {inner:?}: echo of {size} bytes lost");
+            }
+        }
+        ensure!(udp_csum_errors(&lab.b, underlay)? == 0);
+    }
+    Ok(())
+}
+
+#[test]
+fn dns_through_the_service_is_lost() -> Result<()> {
+    if !skip::root_or_skip("dns_through_the_service_is_lost") {
+        return Ok(());
+    }
+    let lab = with_rules(LabOptions::default(), &Rules::default())?;
+    let _server = UdpServer::start(&lab.b, lab.pod_udp(Family::V4), true)?;
+    let limit = Duration::from_millis(300);
+    ensure!(traffic::udp_ask(&lab.a, lab.pod_udp(Family::V4), 40, limit)?.is_some());
+    let client = UdpClient::connect(&lab.a, lab.service_udp(Family::V4))?;
+    for _ in 0..3 {
+        ensure!(client.ask(40, limit)?.is_none(), "answered through the service");
+    }
+    ensure!(udp_csum_errors(&lab.b, Family::V4)? == 3);
+    Ok(())
+}
+
+#[test]
+fn frames_made_by_hand_are_what_they_say() -> Result<()> {
+    if !skip::root_or_skip("frames_made_by_hand_are_what_they_say") {
+        return Ok(());
+    }
+    for underlay in FAMILIES {
+        let lab = LabOptions { underlay, ..LabOptions::default() }.build()?;
+        let capture = Capture::vxlan(&lab)?;
+        let mut frame = lab.frame();
+        for sum in [OuterSum::Right, OuterSum::Value(0x1234), OuterSum::StalePort(1111), OuterSum::Zero] {
+            frame.sum = sum;
+            traffic::send_raw(&lab.a, "uplink", &frame.bytes())?;
+        }
+        // The device fills the sum in: from the pseudo-header sum, which is all that the field holds.
+        let bytes = frame.bytes();
+        let udp = bytes.len() - frame.inner.len() - 16;
+        frame.sum = OuterSum::Value(frame.pseudo_sum());
+        RawSender::open(&lab.a, "uplink")?.send_vnet(VnetHdr::partial(udp as u16, 6), &frame.bytes())?;
+        let packets = capture.stop()?;
+        let bad: Vec<bool> = packets.iter().map(|packet| packet.bad).collect();
+        // A zero is none; over IPv6 the receiver's VXLAN device has to allow it, and does.
+        ensure!(bad == [false, true, true, false, false], "{underlay:?}: {packets:#?}");
+        ensure!(packets[1].seen == Some(0x1234), "{packets:#?}");
+        ensure!(packets[3].seen == Some(0), "{packets:#?}");
+        ensure!(udp_csum_errors(&lab.b, underlay)? == 2);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_storm_is_fast() -> Result<()> {
+    if !skip::root_or_skip("a_storm_is_fast") {
+        return Ok(());
+    }
+    let lab = LabOptions::default().build()?;
+    let frames: Vec<Vec<u8>> = (0..1000)
+        .map(|flow| {
+            let mut frame = lab.frame();
+            (frame.sport, frame.sum) = (20_000 + flow, OuterSum::StalePort(1));
+            frame.bytes()
+        })
+        .collect();
+    let storm = RawSender::open(&lab.a, "uplink")?.storm(&frames, 200_000)?;
+    ensure!(storm.sent == 200_000);
+    ensure!(storm.rate() > 50_000.0, "{:.0} frames a second", storm.rate());
+    let start = Instant::now();
+    while udp_csum_errors(&lab.b, Family::V4)? < 190_000 {
+        ensure!(start.elapsed() < LIMIT, "{} arrived", udp_csum_errors(&lab.b, Family::V4)?);
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+#[test]
+fn iperf3_reports_throughput() -> Result<()> {
+    if !skip::root_or_skip("iperf3_reports_throughput") {
+        return Ok(());
+    }
+    let lab = LabOptions::default().build()?;
+    let result = traffic::iperf3(&lab.a, &lab.b, Side::B.pod(Family::V4), 1, &[])?;
+    ensure!(result.gbits > 0.1, "{result:?}");
+    Ok(())
+}
+
+#[test]
+fn the_vxlan_device_can_be_made_again() -> Result<()> {
+    if !skip::root_or_skip("the_vxlan_device_can_be_made_again") {
+        return Ok(());
+    }
+    let lab = LabOptions { txrehash: Some(false), udp_timeout: Some(5), ..LabOptions::default() }.build()?;
+    let _server = HttpServer::start(&lab.b, lab.pod_socket(Family::V4))?;
+    lab.delete_vxlan(Side::A)?;
+    lab.create_vxlan(Side::A)?;
+    traffic::http_get(&lab.a, lab.pod_socket(Family::V4), LIMIT)?;
+    ethtool(&lab.a, "flannel.1", &["tx-checksum-ip-generic", "off"])?;
+    traffic::http_get(&lab.a, lab.pod_socket(Family::V4), LIMIT)?;
+    Ok(())
+}
+
+#[test]
+fn nothing_is_left_behind() -> Result<()> {
+    if !skip::root_or_skip("nothing_is_left_behind") {
+        return Ok(());
+    }
+    let lab = LabOptions::default().build()?;
+    let paths = [lab.a.path(), lab.b.path()];
+    ensure!(paths.iter().all(|path| path.exists()));
+    let mut sleeper = lab.a.command("sleep").arg("60").spawn()?;
+    drop(lab);
+    ensure!(!sleeper.wait()?.success());
+    ensure!(paths.iter().all(|path| !path.exists()));
+    Ok(())
+}
