@@ -1,6 +1,9 @@
 //! What the kernel says of a namespace's devices at one moment.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use crate::netlink::{
     Error, Protocol, Socket,
@@ -32,8 +35,8 @@ pub struct Snapshot {
     pub links: Vec<Link>,
     /// All addresses.
     pub addresses: Vec<Address>,
-    /// Forwarding entries of all VXLAN devices.
-    pub fdb: Vec<fdb::Entry>,
+    /// Forwarding entries of all VXLAN devices, by the device's index.
+    pub fdb: BTreeMap<u32, Vec<fdb::Entry>>,
     /// Next hop objects, if a forwarding entry refers to one.
     pub nexthops: Nexthops,
     /// Routes to where VXLAN devices without a lower device send.
@@ -76,15 +79,20 @@ impl Snapshot {
         self.links.iter().filter_map(|link| Some((link, link.vxlan.as_ref()?)))
     }
 
+    /// The forwarding entries of a VXLAN device.
+    pub(super) fn entries(&self, ifindex: u32) -> &[fdb::Entry] {
+        self.fdb.get(&ifindex).map(Vec::as_slice).unwrap_or_default()
+    }
+
     fn ask_fdb(&mut self, socket: &mut Socket) {
         let vxlans: Vec<(u32, String)> = self.vxlans().map(|(link, _)| (link.ifindex, link.name.clone())).collect();
         for (ifindex, name) in vxlans {
             match fdb::entries(socket, ifindex) {
-                Ok(entries) => self.fdb.extend(entries),
+                Ok(entries) => drop(self.fdb.insert(ifindex, entries)),
                 Err(error) => self.notes.push(format!("{name}: {error}")),
             }
         }
-        if self.fdb.iter().any(|entry| entry.nexthop.is_some()) {
+        if self.fdb.values().flatten().any(|entry| entry.nexthop.is_some()) {
             match Nexthops::list(socket) {
                 Ok(nexthops) => self.nexthops = nexthops,
                 Err(error) => self.notes.push(error.to_string()),
@@ -128,7 +136,7 @@ impl Snapshot {
             return Vec::new();
         }
         let query = |destination, port| Query { destination, source: vxlan.local, via: vxlan.lower, port: Some(port) };
-        let entries = self.fdb.iter().filter(|entry| entry.ifindex == link.ifindex && entry.via.is_none());
+        let entries = self.entries(link.ifindex).iter().filter(|entry| entry.via.is_none());
         let remotes = entries.flat_map(|entry| {
             let port = entry.port.unwrap_or(vxlan.port);
             self.remotes(entry).into_iter().map(move |remote| query(remote, port))

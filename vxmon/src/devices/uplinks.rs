@@ -28,7 +28,7 @@ pub(super) fn of(snapshot: &Snapshot, device: &Link, vxlan: &Vxlan) -> Uplinks {
         uplinks.notes.push(format!("the packets of {name} leave in another network namespace; watch them there"));
         return uplinks;
     }
-    for entry in snapshot.fdb.iter().filter(|entry| entry.ifindex == device.ifindex) {
+    for entry in snapshot.entries(device.ifindex) {
         if let Some(via) = entry.via.filter(|via| !uplinks.why.contains_key(via)) {
             uplinks.add(via, format!("named by a forwarding entry of {name}"));
         }

@@ -66,3 +66,34 @@ fn decode(reply: Reply<'_>) -> Option<Address> {
         scope: header.scope.into(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `ip addr add 192.0.2.1 peer 192.0.2.9 dev eth1`, then what Linux 6.18 answers to `ip addr show dev eth1`.
+    #[rustfmt::skip]
+    const POINT_TO_POINT: [u8; 64] = [
+        2, 0x20, 0x80, 0, 5, 0, 0, 0,           // struct ifaddrmsg: AF_INET, /32, IFA_F_PERMANENT, universe, device 5
+        8, 0, 1, 0, 192, 0, 2, 9,               // IFA_ADDRESS: the peer
+        8, 0, 2, 0, 192, 0, 2, 1,               // IFA_LOCAL
+        9, 0, 3, 0, b'e', b't', b'h', b'1', 0, 0, 0, 0, // IFA_LABEL
+        8, 0, 8, 0, 0x80, 0, 0, 0,              // IFA_FLAGS
+        20, 0, 6, 0, 255, 255, 255, 255, 255, 255, 255, 255, 0x96, 0x18, 3, 0, 0x96, 0x18, 3, 0, // IFA_CACHEINFO
+    ];
+
+    #[test]
+    fn the_own_address_and_not_the_peer() {
+        let address = decode(Reply { kind: libc::RTM_NEWADDR, payload: &POINT_TO_POINT });
+        let expected = Address { ifindex: 5, address: IpAddr::from([192, 0, 2, 1]), prefix: 32, scope: 0 };
+        assert_eq!(address, Some(expected));
+        assert!(expected.is_global());
+    }
+
+    #[test]
+    fn cut_anywhere_it_never_panics() {
+        for length in 0..POINT_TO_POINT.len() {
+            let _ = decode(Reply { kind: libc::RTM_NEWADDR, payload: &POINT_TO_POINT[..length] });
+        }
+    }
+}

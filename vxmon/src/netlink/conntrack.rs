@@ -222,3 +222,93 @@ fn decode_tuple(value: Value<'_>) -> Option<Tuple> {
     }
     Some(Tuple { src: src?, dst: dst?, sport, dport, proto: proto? })
 }
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_core::{Emitable, NetlinkSerializable};
+
+    use super::*;
+
+    const NODE: [u8; 4] = [10, 0, 100, 3];
+    const PEER: [u8; 4] = [10, 0, 100, 15];
+
+    /// A UDP flow under `-j MASQUERADE --random-fully` with mark 0x4000, then what passes between Linux 6.18 and
+    /// `strace -xx conntrack -G -p udp -s 10.0.100.3 -d 10.0.100.15 --sport 57314 --dport 8472`, which prints `udp 17 29
+    /// src=10.0.100.3 dst=10.0.100.15 sport=57314 dport=8472 [UNREPLIED] src=10.0.100.15 dst=10.0.100.3 sport=8472
+    /// dport=33246 mark=16384 use=2`. First the question:
+    #[rustfmt::skip]
+    const QUESTION: [u8; 56] = [
+        2, 0, 0, 0,                             // struct nfgenmsg: AF_INET
+        52, 0, 1, 0x80,                         // CTA_TUPLE_ORIG
+        20, 0, 1, 0x80, 8, 0, 1, 0, 10, 0, 100, 3, 8, 0, 2, 0, 10, 0, 100, 15, // CTA_TUPLE_IP: source, destination
+        28, 0, 2, 0x80, 5, 0, 1, 0, 17, 0, 0, 0, // CTA_TUPLE_PROTO: CTA_PROTO_NUM
+        6, 0, 2, 0, 0xdf, 0xe2, 0, 0,           // CTA_PROTO_SRC_PORT, big endian
+        6, 0, 3, 0, 0x21, 0x18, 0, 0,           // CTA_PROTO_DST_PORT
+    ];
+    /// Then the answer:
+    #[rustfmt::skip]
+    const ANSWER: [u8; 148] = [
+        2, 0, 0, 0,                             // struct nfgenmsg: AF_INET
+        52, 0, 1, 0x80,                         // CTA_TUPLE_ORIG
+        20, 0, 1, 0x80, 8, 0, 1, 0, 10, 0, 100, 3, 8, 0, 2, 0, 10, 0, 100, 15,
+        28, 0, 2, 0x80, 5, 0, 1, 0, 17, 0, 0, 0, 6, 0, 2, 0, 0xdf, 0xe2, 0, 0, 6, 0, 3, 0, 0x21, 0x18, 0, 0,
+        52, 0, 2, 0x80,                         // CTA_TUPLE_REPLY
+        20, 0, 1, 0x80, 8, 0, 1, 0, 10, 0, 100, 15, 8, 0, 2, 0, 10, 0, 100, 3,
+        28, 0, 2, 0x80, 5, 0, 1, 0, 17, 0, 0, 0, 6, 0, 2, 0, 0x21, 0x18, 0, 0, 6, 0, 3, 0, 0x81, 0xde, 0, 0,
+        8, 0, 3, 0, 0, 0, 0x01, 0x98,           // CTA_STATUS
+        8, 0, 8, 0, 0, 0, 0x40, 0,              // CTA_MARK
+        8, 0, 12, 0, 0x2d, 0xe9, 0x88, 0xf6,    // CTA_ID
+        8, 0, 11, 0, 0, 0, 0, 2,                // CTA_USE
+        8, 0, 7, 0, 0, 0, 0, 29,                // CTA_TIMEOUT
+    ];
+
+    fn original() -> Tuple {
+        Tuple::udp(NODE.into(), 57314, PEER.into(), 8472)
+    }
+
+    fn bytes(message: &NetfilterMessage) -> Vec<u8> {
+        let mut bytes = vec![0; Emitable::buffer_len(message)];
+        message.serialize(&mut bytes);
+        bytes
+    }
+
+    #[test]
+    fn the_question_is_the_one_of_conntrack_tools() {
+        let asked = message(ConntrackAttribute::CtaTupleOrig(attribute(original())), NODE.into(), 0);
+        assert_eq!(bytes(&asked), QUESTION);
+        assert_eq!(asked.message_type(), 0x0101);
+    }
+
+    #[test]
+    fn a_zone_is_part_of_the_question() {
+        let asked = message(ConntrackAttribute::CtaTupleOrig(attribute(original())), NODE.into(), 0x1234);
+        assert_eq!(bytes(&asked).get(56..), Some([6, 0, 18, 0, 0x12, 0x34, 0, 0].as_slice()));
+    }
+
+    #[test]
+    fn the_answer_is_the_entry() {
+        let entry = decode(Reply { kind: CT_NEW, payload: &ANSWER });
+        let expected = Entry {
+            orig: original(),
+            reply: Tuple::udp(PEER.into(), 8472, NODE.into(), 33246),
+            status: 0x198,
+            mark: Some(0x4000),
+            id: Some(770_279_670),
+            timeout_s: Some(29),
+            zone: 0,
+        };
+        assert_eq!(entry, Some(expected));
+    }
+
+    #[test]
+    fn cut_or_changed_anywhere_it_never_panics() {
+        for length in 0..ANSWER.len() {
+            let _ = decode(Reply { kind: CT_NEW, payload: &ANSWER[..length] });
+            for byte in [0, 1, 3, 5, 0x7f, 0xff] {
+                let mut changed = ANSWER;
+                changed[length] = byte;
+                let _ = decode(Reply { kind: CT_NEW, payload: &changed });
+            }
+        }
+    }
+}

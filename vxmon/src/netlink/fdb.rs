@@ -86,3 +86,54 @@ fn decode(reply: Reply<'_>) -> Option<Entry> {
     }
     Some(entry)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `bridge fdb add 02:00:00:00:00:0f dev vxlan.calico dst 10.0.100.15 port 8472 vni 7 via eth0 self permanent`, then
+    /// what Linux 6.18 answers to `bridge fdb show dev vxlan.calico`.
+    #[rustfmt::skip]
+    const ENTRY: [u8; 76] = [
+        7, 0, 0, 0, 6, 0, 0, 0, 0xc0, 0, 2, 1,  // struct ndmsg: AF_BRIDGE, device 6, NUD_NOARP | NUD_PERMANENT, NTF_SELF
+        10, 0, 2, 0, 2, 0, 0, 0, 0, 0x0f, 0, 0, // NDA_LLADDR
+        8, 0, 1, 0, 10, 0, 100, 15,             // NDA_DST
+        6, 0, 6, 0, 0x21, 0x18, 0, 0,           // NDA_PORT, big endian
+        8, 0, 7, 0, 7, 0, 0, 0,                 // NDA_VNI
+        8, 0, 8, 0, 3, 0, 0, 0,                 // NDA_IFINDEX
+        20, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, // NDA_CACHEINFO
+    ];
+
+    #[test]
+    fn an_entry_with_everything() {
+        let entry = decode(Reply { kind: libc::RTM_NEWNEIGH, payload: &ENTRY });
+        let expected = Entry {
+            ifindex: 6,
+            mac: [2, 0, 0, 0, 0, 0x0f],
+            remote: Some(IpAddr::from([10, 0, 100, 15])),
+            port: Some(8472),
+            vni: Some(7),
+            via: Some(3),
+            nexthop: None,
+        };
+        assert_eq!(entry, Some(expected));
+        assert!(has_remote(&ENTRY));
+    }
+
+    #[test]
+    fn other_neighbours_are_not_entries() {
+        let mut arp = ENTRY;
+        arp[0] = libc::AF_INET as u8;
+        assert_eq!(decode(Reply { kind: libc::RTM_NEWNEIGH, payload: &arp }), None);
+        assert!(!has_remote(&arp));
+        // What a bridge has learned of its port: no remote.
+        assert!(!has_remote(&ENTRY[..24]));
+    }
+
+    #[test]
+    fn cut_anywhere_it_never_panics() {
+        for length in 0..ENTRY.len() {
+            let _ = decode(Reply { kind: libc::RTM_NEWNEIGH, payload: &ENTRY[..length] });
+        }
+    }
+}

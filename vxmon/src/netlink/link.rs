@@ -236,3 +236,72 @@ fn decode_vxlan(data: Value<'_>) -> Vxlan {
 fn specified(value: Value<'_>) -> Option<IpAddr> {
     value.ip().filter(|address| !address.is_unspecified())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `ip link add flannel.1 type vxlan id 1 dev eth0 dstport 8472 local 10.0.100.3 nolearning udp6zerocsumrx`, then what
+    /// Linux 6.18 answers to `ip -d link show flannel.1`, without the attributes that nothing here reads.
+    #[rustfmt::skip]
+    const FLANNEL: [u8; 292] = [
+        0, 0, 1, 0, 4, 0, 0, 0, 0x43, 0x10, 1, 0, 0, 0, 0, 0, // struct ifinfomsg: ARPHRD_ETHER, device 4, up and more
+        14, 0, 3, 0, b'f', b'l', b'a', b'n', b'n', b'e', b'l', b'.', b'1', 0, 0, 0, // IFLA_IFNAME
+        5, 0, 16, 0, 0, 0, 0, 0,                // IFLA_OPERSTATE
+        8, 0, 4, 0, 0xaa, 5, 0, 0,              // IFLA_MTU
+        10, 0, 1, 0, 0xfa, 0x26, 0x9b, 0x34, 0x2a, 0xec, 0, 0, // IFLA_ADDRESS
+        // IFLA_LINKINFO: IFLA_INFO_KIND, then IFLA_INFO_DATA
+        232, 0, 18, 0, 10, 0, 1, 0, b'v', b'x', b'l', b'a', b'n', 0, 0, 0, 216, 0, 2, 0,
+        8, 0, 1, 0, 1, 0, 0, 0,                 // IFLA_VXLAN_ID
+        8, 0, 3, 0, 3, 0, 0, 0,                 // IFLA_VXLAN_LINK
+        8, 0, 4, 0, 10, 0, 100, 3,              // IFLA_VXLAN_LOCAL
+        5, 0, 5, 0, 0, 0, 0, 0, 5, 0, 28, 0, 0, 0, 0, 0, 5, 0, 6, 0, 0, 0, 0, 0, 5, 0, 29, 0, 0, 0, 0, 0,
+        8, 0, 26, 0, 0, 0, 0, 0, 8, 0, 32, 0, 0, 0, 0, 0,
+        5, 0, 7, 0, 0, 0, 0, 0,                 // IFLA_VXLAN_LEARNING
+        5, 0, 11, 0, 0, 0, 0, 0, 5, 0, 12, 0, 0, 0, 0, 0, 5, 0, 13, 0, 0, 0, 0, 0, 5, 0, 14, 0, 0, 0, 0, 0,
+        5, 0, 25, 0, 0, 0, 0, 0,                // IFLA_VXLAN_COLLECT_METADATA
+        8, 0, 8, 0, 44, 1, 0, 0, 8, 0, 9, 0, 0, 0, 0, 0,
+        6, 0, 15, 0, 0x21, 0x18, 0, 0,          // IFLA_VXLAN_PORT, big endian
+        5, 0, 18, 0, 1, 0, 0, 0,                // IFLA_VXLAN_UDP_CSUM
+        5, 0, 19, 0, 0, 0, 0, 0,                // IFLA_VXLAN_UDP_ZERO_CSUM6_TX
+        5, 0, 20, 0, 1, 0, 0, 0,                // IFLA_VXLAN_UDP_ZERO_CSUM6_RX
+        5, 0, 21, 0, 0, 0, 0, 0, 5, 0, 22, 0, 0, 0, 0, 0, 5, 0, 31, 0, 1, 0, 0, 0,
+        8, 0, 10, 0, 0, 0, 0, 0, 12, 0, 33, 0, 0xf7, 0xff, 0xff, 0xff, 0, 0, 0, 0xff,
+    ];
+
+    #[test]
+    fn a_device_of_flannel() {
+        let expected = Link {
+            ifindex: 4,
+            name: "flannel.1".into(),
+            kind: "vxlan".into(),
+            hardware: libc::ARPHRD_ETHER,
+            up: true,
+            mtu: 1450,
+            mac: Some([0xfa, 0x26, 0x9b, 0x34, 0x2a, 0xec]),
+            vxlan: Some(Vxlan {
+                vni: 1,
+                lower: Some(3),
+                port: 8472,
+                local: Some(IpAddr::from([10, 0, 100, 3])),
+                udp_csum: true,
+                zero_csum6_rx: true,
+                ..Vxlan::default()
+            }),
+            ..Link::default()
+        };
+        assert_eq!(decode(Reply { kind: libc::RTM_NEWLINK, payload: &FLANNEL }), Some(expected));
+    }
+
+    #[test]
+    fn cut_or_changed_anywhere_it_never_panics() {
+        for length in 0..FLANNEL.len() {
+            let _ = decode(Reply { kind: libc::RTM_NEWLINK, payload: &FLANNEL[..length] });
+            for byte in [0, 1, 3, 5, 0x7f, 0xff] {
+                let mut changed = FLANNEL;
+                changed[length] = byte;
+                let _ = decode(Reply { kind: libc::RTM_NEWLINK, payload: &changed });
+            }
+        }
+    }
+}

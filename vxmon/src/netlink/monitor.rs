@@ -23,15 +23,16 @@ const MESSAGE: usize = 64 * 1024;
 const BURST: usize = 256;
 
 /// The groups listened to: RTNLGRP_* of include/uapi/linux/rtnetlink.h (enum rtnetlink_groups).
-const GROUPS: [u32; 7] = [
+const GROUPS: [u32; 6] = [
     1,  // LINK
     3,  // NEIGH, which carries forwarding entries too
     5,  // IPV4_IFADDR
     7,  // IPV4_ROUTE
     9,  // IPV6_IFADDR
     11, // IPV6_ROUTE
-    32, // NEXTHOP, since 5.3
 ];
+/// RTNLGRP_NEXTHOP, since 5.3.
+const NEXTHOP_GROUP: u32 = 32;
 
 /// How long news is gathered before it is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,15 +84,44 @@ impl Changes {
     }
 }
 
+/// Changes that were not told yet, and when they are to be.
+#[derive(Debug, Default)]
+struct Pending {
+    changes: Changes,
+    /// When the first of them arrived.
+    since: Option<Instant>,
+    /// When others were told last.
+    told: Option<Instant>,
+}
+
+impl Pending {
+    /// When to tell, if there is something to tell.
+    fn due(&self, pace: &Pace) -> Option<Instant> {
+        let settled = self.since? + pace.settle;
+        let interval = if self.changes.is_urgent() { pace.links } else { pace.others };
+        Some(self.told.map_or(settled, |told| settled.max(told + interval)))
+    }
+
+    /// Notes that something may have arrived.
+    fn touch(&mut self, now: Instant) {
+        if self.since.is_none() && !self.changes.is_empty() {
+            self.since = Some(now);
+        }
+    }
+
+    fn tell(&mut self, now: Instant) -> Changes {
+        self.since = None;
+        self.told = Some(now);
+        std::mem::take(&mut self.changes)
+    }
+}
+
 /// Listens to the network namespace of the thread that opened it.
 pub struct Monitor {
     socket: TokioSocket,
     pace: Pace,
     buffer: Vec<u8>,
-    pending: Changes,
-    /// When the first of the pending changes arrived.
-    since: Option<Instant>,
-    told: Option<Instant>,
+    pending: Pending,
 }
 
 impl Monitor {
@@ -110,21 +140,13 @@ impl Monitor {
             let _ = setsockopt(inner, sockopt::RcvBuf, &RECEIVE_BUFFER);
         }
         for group in GROUPS {
-            match inner.add_membership(group) {
-                Ok(()) => {}
-                // A kernel without that group has nothing to say on it.
-                Err(error) if group > 31 => log::debug!("netlink group {group}: {error}"),
-                Err(error) => return Err(open(error)),
-            }
+            inner.add_membership(group).map_err(open)?;
         }
-        Ok(Self {
-            socket,
-            pace,
-            buffer: Vec::with_capacity(MESSAGE),
-            pending: Changes::default(),
-            since: None,
-            told: None,
-        })
+        // A kernel without next hop objects has nothing to say on them.
+        if let Err(error) = inner.add_membership(NEXTHOP_GROUP) {
+            log::debug!("not listening to changes of next hops: {error}");
+        }
+        Ok(Self { socket, pace, buffer: Vec::with_capacity(MESSAGE), pending: Pending::default() })
     }
 
     /// Waits until something has changed, and tells it; at most once per [`Pace::links`], however much changes. Dropping
@@ -135,14 +157,10 @@ impl Monitor {
     pub async fn changed(&mut self) -> Result<Changes, Error> {
         loop {
             for _ in 0..BURST {
-                let due = self.due();
+                let due = self.pending.due(&self.pace);
                 tokio::select! {
                     biased;
-                    () = until(due) => {
-                        self.since = None;
-                        self.told = Some(Instant::now());
-                        return Ok(std::mem::take(&mut self.pending));
-                    }
+                    () = until(due) => return Ok(self.pending.tell(Instant::now())),
                     received = receive(&self.socket, &mut self.buffer) => self.gather(received)?,
                 }
             }
@@ -150,25 +168,17 @@ impl Monitor {
         }
     }
 
-    /// When the pending changes are to be told, if there are any.
-    fn due(&self) -> Option<Instant> {
-        let settled = self.since? + self.pace.settle;
-        let interval = if self.pending.is_urgent() { self.pace.links } else { self.pace.others };
-        Some(self.told.map_or(settled, |told| settled.max(told + interval)))
-    }
-
     fn gather(&mut self, received: io::Result<()>) -> Result<(), Error> {
+        let changes = &mut self.pending.changes;
         match received {
-            Ok(()) => note_datagram(&self.buffer, &mut self.pending),
-            Err(error) if error.raw_os_error() == Some(Errno::ENOBUFS as i32) => self.pending.lost = true,
+            Ok(()) => note_datagram(&self.buffer, changes),
+            Err(error) if error.raw_os_error() == Some(Errno::ENOBUFS as i32) => changes.lost = true,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(source) => {
                 return Err(Error::Transfer { request: "listen to changes of links and routes".into(), source });
             }
         }
-        if self.since.is_none() && !self.pending.is_empty() {
-            self.since = Some(Instant::now());
-        }
+        self.pending.touch(Instant::now());
         Ok(())
     }
 }
@@ -215,5 +225,73 @@ fn note(kind: u16, payload: &[u8], changes: &mut Changes) {
         libc::RTM_NEWNEIGH | libc::RTM_DELNEIGH => changes.fdb |= fdb::has_remote(payload),
         super::nexthop::RTM_NEWNEXTHOP | super::nexthop::RTM_DELNEXTHOP => changes.routes = true,
         _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PACE: Pace = Pace {
+        settle: Duration::from_millis(20),
+        links: Duration::from_millis(100),
+        others: Duration::from_millis(1000),
+    };
+
+    fn after(start: Instant, milliseconds: u64) -> Instant {
+        start + Duration::from_millis(milliseconds)
+    }
+
+    /// A message about a device: struct ifinfomsg.
+    fn link_message(family: i32, ifindex: u8) -> [u8; 16] {
+        let mut message = [0; 16];
+        message[0] = family as u8;
+        message[4] = ifindex;
+        message
+    }
+
+    #[test]
+    fn the_first_change_is_told_as_soon_as_it_has_settled() {
+        let start = Instant::now();
+        let mut pending = Pending::default();
+        pending.touch(start);
+        assert_eq!(pending.due(&PACE), None);
+        pending.changes.routes = true;
+        pending.touch(start);
+        pending.touch(after(start, 19));
+        assert_eq!(pending.due(&PACE), Some(after(start, 20)));
+    }
+
+    #[test]
+    fn later_ones_wait_for_their_interval() {
+        let start = Instant::now();
+        let mut pending = Pending { told: Some(start), ..Pending::default() };
+        pending.changes.routes = true;
+        pending.touch(after(start, 5));
+        assert_eq!(pending.due(&PACE), Some(after(start, 1000)));
+        pending.changes.links = true;
+        assert_eq!(pending.due(&PACE), Some(after(start, 100)));
+        assert!(pending.tell(after(start, 100)).links);
+        assert_eq!(pending.due(&PACE), None);
+        // Long after, a change is told at once again.
+        pending.changes.links = true;
+        pending.touch(after(start, 5000));
+        assert_eq!(pending.due(&PACE), Some(after(start, 5020)));
+    }
+
+    #[test]
+    fn a_port_that_leaves_its_bridge_is_not_gone() {
+        let mut changes = Changes::default();
+        note(libc::RTM_DELLINK, &link_message(libc::AF_BRIDGE, 5), &mut changes);
+        assert_eq!(changes, Changes { links: true, ..Changes::default() });
+        note(libc::RTM_DELLINK, &link_message(libc::AF_UNSPEC, 6), &mut changes);
+        assert_eq!(changes.removed, BTreeSet::from([6]));
+    }
+
+    #[test]
+    fn what_cannot_be_read_counts_as_lost() {
+        let mut changes = Changes::default();
+        note_datagram(&[1, 2, 3], &mut changes);
+        assert!(changes.lost);
     }
 }

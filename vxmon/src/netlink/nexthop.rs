@@ -116,6 +116,35 @@ fn decode(reply: Reply<'_>) -> Option<(u32, Nexthop)> {
 mod tests {
     use super::*;
 
+    /// `ip nexthop add id 1 via 10.0.100.1 dev eth0` and `ip nexthop add id 3 group 1/2`, then what Linux 6.18 answers to
+    /// `ip nexthop show`.
+    #[rustfmt::skip]
+    const GATEWAY: [u8; 32] = [
+        2, 0xfd, 0, 0, 0, 0, 0, 0,              // struct nhmsg: AF_INET, link scope
+        8, 0, 1, 0, 1, 0, 0, 0,                 // NHA_ID
+        8, 0, 5, 0, 3, 0, 0, 0,                 // NHA_OIF
+        8, 0, 6, 0, 10, 0, 100, 1,              // NHA_GATEWAY
+    ];
+    #[rustfmt::skip]
+    const GROUP: [u8; 52] = [
+        0, 0, 0, 0, 0, 0, 0, 0,                 // struct nhmsg
+        8, 0, 1, 0, 3, 0, 0, 0,                 // NHA_ID
+        6, 0, 3, 0, 0, 0, 0, 0,                 // NHA_GROUP_TYPE: multipath
+        20, 0, 2, 0, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, // NHA_GROUP: 1 and 2, weight 1 each
+        8, 0, 14, 0, 0, 0, 0, 0x80,             // NHA_OP_FLAGS
+    ];
+
+    #[test]
+    fn a_gateway_and_a_group() {
+        let read = |payload| decode(Reply { kind: RTM_NEWNEXTHOP, payload });
+        let gateway = Nexthop { device: Some(3), gateway: Some(IpAddr::from([10, 0, 100, 1])), group: Vec::new() };
+        assert_eq!(read(&GATEWAY), Some((1, gateway)));
+        assert_eq!(read(&GROUP), Some((3, Nexthop { group: vec![1, 2], ..Nexthop::default() })));
+        for length in 0..GROUP.len() {
+            let _ = read(&GROUP[..length]);
+        }
+    }
+
     #[test]
     fn groups_are_followed_and_loops_end() {
         let device = |index| Nexthop { device: Some(index), ..Nexthop::default() };

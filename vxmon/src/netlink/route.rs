@@ -207,3 +207,69 @@ fn multipath(value: Value<'_>) -> Vec<u32> {
     }
     devices
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `ip route add 10.9.0.0/16 nexthop via 10.0.100.1 dev eth0 nexthop via 10.0.101.1 dev eth1`, then what Linux 6.18
+    /// answers to `ip route get fibmatch 10.9.1.1`.
+    #[rustfmt::skip]
+    const MULTIPATH: [u8; 64] = [
+        2, 16, 0, 0, 254, 3, 0, 1, 0, 0, 0, 0,  // struct rtmsg: AF_INET, /16, main, RTPROT_BOOT, RTN_UNICAST
+        8, 0, 15, 0, 254, 0, 0, 0,              // RTA_TABLE
+        8, 0, 1, 0, 10, 9, 0, 0,                // RTA_DST
+        36, 0, 9, 0,                            // RTA_MULTIPATH
+        16, 0, 0, 0, 3, 0, 0, 0,                // struct rtnexthop: device 3
+        8, 0, 5, 0, 10, 0, 100, 1,              // RTA_GATEWAY
+        16, 0, 0, 0, 5, 0, 0, 0,                // struct rtnexthop: device 5
+        8, 0, 5, 0, 10, 0, 101, 1,              // RTA_GATEWAY
+    ];
+
+    /// What it answers to `ip route get fibmatch 10.0.100.3`, its own address: the device is not loopback here.
+    #[rustfmt::skip]
+    const LOCAL: [u8; 44] = [
+        2, 32, 0, 0, 254, 2, 254, 2, 0, 0, 0, 0, // struct rtmsg: AF_INET, /32, RTN_LOCAL
+        8, 0, 15, 0, 254, 0, 0, 0,               // RTA_TABLE
+        8, 0, 1, 0, 10, 0, 100, 3,               // RTA_DST
+        8, 0, 7, 0, 10, 0, 100, 3,               // RTA_PREFSRC
+        8, 0, 4, 0, 3, 0, 0, 0,                  // RTA_OIF
+    ];
+
+    fn read(payload: &[u8]) -> Option<Entry> {
+        decode(Reply { kind: libc::RTM_NEWROUTE, payload }, None)
+    }
+
+    #[test]
+    fn all_next_hops_count() {
+        let entry = read(&MULTIPATH);
+        assert_eq!(entry.as_ref().map(|entry| entry.route.devices.as_slice()), Some([3, 5].as_slice()));
+        assert_eq!(entry.map(|entry| (entry.table, entry.is_default, entry.route.local)), Some((254, false, false)));
+    }
+
+    #[test]
+    fn an_own_address_is_local() {
+        assert_eq!(read(&LOCAL).map(|entry| entry.route.local), Some(true));
+    }
+
+    #[test]
+    fn only_a_route_that_leads_somewhere_is_a_default_route() {
+        let mut route = MULTIPATH;
+        route[1] = 0;
+        assert_eq!(read(&route).map(|entry| entry.is_default), Some(true));
+        route[7] = libc::RTN_UNREACHABLE;
+        assert_eq!(read(&route).map(|entry| entry.is_default), Some(false));
+    }
+
+    #[test]
+    fn cut_or_changed_anywhere_it_never_panics() {
+        for length in 0..MULTIPATH.len() {
+            let _ = read(&MULTIPATH[..length]);
+            for byte in [0, 1, 3, 7, 9, 0x7f, 0xff] {
+                let mut changed = MULTIPATH;
+                changed[length] = byte;
+                let _ = read(&changed);
+            }
+        }
+    }
+}

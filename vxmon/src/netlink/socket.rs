@@ -268,3 +268,76 @@ fn outcome(request: &str, kind: u16, flags: u16, body: &[u8]) -> Result<(), Erro
         .flatten();
     Err(Error::Refused { request: request.to_owned(), errno: Errno::from_raw(code.saturating_neg()), detail })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SEQUENCE: u32 = 7;
+
+    /// One message as the kernel frames it.
+    fn framed(kind: u16, flags: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
+        let mut bytes = u32::try_from(HEADER + body.len()).unwrap_or_default().to_ne_bytes().to_vec();
+        bytes.extend([kind.to_ne_bytes(), flags.to_ne_bytes()].concat());
+        bytes.extend([sequence.to_ne_bytes(), 0u32.to_ne_bytes()].concat());
+        bytes.extend(body);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+
+    /// Whether the answer is complete, whether it was interrupted, and the bodies of its messages.
+    fn take(datagram: &[u8]) -> Result<(bool, bool, Vec<Vec<u8>>), Error> {
+        let mut answer = Answer { items: Vec::new(), interrupted: false };
+        let mut read = |reply: Reply<'_>| Some(reply.payload.to_vec());
+        let complete = take_datagram("list things", SEQUENCE, datagram, &mut answer, &mut read)?;
+        Ok((complete, answer.interrupted, answer.items))
+    }
+
+    #[test]
+    fn a_dump_is_many_messages_and_an_end() -> Result<(), Error> {
+        let part = [framed(16, 2, SEQUENCE, b"one"), framed(16, 2, SEQUENCE, b"three")].concat();
+        assert_eq!(take(&part)?, (false, false, vec![b"one".to_vec(), b"three".to_vec()]));
+        assert_eq!(take(&framed(NLMSG_DONE, 2, SEQUENCE, &[0; 4]))?, (true, false, vec![]));
+        assert_eq!(take(&framed(NLMSG_DONE, 2, SEQUENCE, &[]))?, (true, false, vec![]));
+        Ok(())
+    }
+
+    #[test]
+    fn a_dump_says_that_it_is_not_consistent() -> Result<(), Error> {
+        let done = framed(NLMSG_DONE, 2 | NLM_F_DUMP_INTR, SEQUENCE, &[0; 4]);
+        assert_eq!(take(&done)?, (true, true, vec![]));
+        Ok(())
+    }
+
+    #[test]
+    fn an_answer_to_an_earlier_request_is_left_out() -> Result<(), Error> {
+        let late = [framed(16, 0, SEQUENCE - 1, b"late"), framed(NLMSG_ERROR, 0, SEQUENCE - 1, &[0; 20])].concat();
+        assert_eq!(take(&late)?, (false, false, vec![]));
+        Ok(())
+    }
+
+    #[test]
+    fn an_error_tells_number_and_words() {
+        let mut body = (-(Errno::EEXIST as i32)).to_ne_bytes().to_vec();
+        body.extend([0; HEADER]);
+        let plain = framed(NLMSG_ERROR, 0, SEQUENCE, &body);
+        body.extend([13, 0, 1, 0]);
+        body.extend(b"no room!\0\0\0\0");
+        let explained = framed(NLMSG_ERROR, NLM_F_ACK_TLVS, SEQUENCE, &body);
+        let text = |datagram: &[u8]| take(datagram).err().map(|error| error.to_string());
+        assert_eq!(text(&plain).as_deref(), Some("cannot list things: File exists"));
+        assert_eq!(text(&explained).as_deref(), Some("cannot list things: File exists (no room!)"));
+        assert_eq!(take(&plain).err().and_then(|error| error.errno()), Some(Errno::EEXIST));
+    }
+
+    #[test]
+    fn a_cut_message_is_an_error_and_no_panic() {
+        let whole = framed(16, 0, SEQUENCE, b"four");
+        for length in 1..whole.len() {
+            assert!(matches!(take(&whole[..length]), Err(Error::Malformed { .. })), "{length} bytes");
+        }
+        let mut short = whole;
+        short[0] = 3;
+        assert!(matches!(take(&short), Err(Error::Malformed { .. })));
+    }
+}

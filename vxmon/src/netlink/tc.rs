@@ -1,7 +1,7 @@
 //! The clsact qdisc and the filters on it, for kernels without tcx: whether it is there, who else uses it, and removing
 //! what is ours. It never attaches a program (aya does), and never removes what it was not told to remove.
 
-use netlink_packet_core::{Emitable, NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_core::{Emitable, NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL};
 use netlink_packet_route::{
     RouteNetlinkMessage,
     tc::{TcAttribute, TcHandle, TcHeader, TcMessage},
@@ -102,11 +102,9 @@ pub struct Filter {
 pub fn hook_qdisc(socket: &mut Socket, ifindex: u32) -> Result<Option<String>, Error> {
     let message = RouteNetlinkMessage::GetQueueDiscipline(message(ifindex, TcHandle::CLSACT));
     let request = format!("read the clsact qdisc of the device with index {ifindex}");
-    let found = socket.request(&request, 0, &message, |reply| {
-        // Kernels differ in whether they answer with the qdisc asked for or with all of the device.
-        let header = (reply.kind == libc::RTM_NEWQDISC).then(|| TcHeader::parse(reply.payload).ok()).flatten()?;
-        (header.parent == TcHandle::CLSACT).then(|| kind(&header, reply.payload)).flatten()
-    });
+    // Without the flag the answer goes to the listeners of the TC group, and not to who asked (qdisc_notify,
+    // net/sched/sch_api.c).
+    let found = socket.request(&request, NLM_F_ECHO, &message, decode_qdisc);
     match found {
         Ok(kinds) => Ok(kinds.into_iter().next()),
         // ENOENT: no such qdisc. EINVAL: a built-in one, which is not shown.
@@ -224,8 +222,17 @@ fn message(ifindex: u32, parent: TcHandle) -> TcMessage {
     message
 }
 
-fn kind(header: &TcHeader, payload: &[u8]) -> Option<String> {
-    attributes_after(header.buffer_len(), payload).find_map(|(kind, value)| (kind == tca::KIND).then(|| value.text()))
+/// The kind of a qdisc that sits at the ingress hook.
+fn decode_qdisc(reply: Reply<'_>) -> Option<String> {
+    if reply.kind != libc::RTM_NEWQDISC {
+        return None;
+    }
+    let header = TcHeader::parse(reply.payload).ok()?;
+    if header.parent != TcHandle::CLSACT {
+        return None;
+    }
+    let mut attributes = attributes_after(header.buffer_len(), reply.payload);
+    attributes.find_map(|(kind, value)| (kind == tca::KIND).then(|| value.text()))
 }
 
 fn decode(reply: Reply<'_>) -> Option<Filter> {
@@ -269,6 +276,54 @@ fn decode_bpf(options: Value<'_>, filter: &mut Filter) {
             tca_bpf::TAG => filter.tag = value.array(),
             tca_bpf::ID => filter.program = value.u32(),
             _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `tc filter add dev eth0 egress pref 7 bpf da bytecode '1,6 0 0 0'`, then what Linux 6.18 answers to
+    /// `tc filter show dev eth0 egress`: first the priority, then the filter.
+    #[rustfmt::skip]
+    const PRIORITY: [u8; 36] = [
+        0, 0, 0, 0, 3, 0, 0, 0,                 // struct tcmsg: device 3
+        0, 0, 0, 0, 0xf3, 0xff, 0xff, 0xff, 0, 3, 7, 0, // handle 0, parent ffff:fff3, priority 7 and ETH_P_ALL
+        8, 0, 1, 0, b'b', b'p', b'f', 0,        // TCA_KIND
+        8, 0, 11, 0, 0, 0, 0, 0,                // TCA_CHAIN
+    ];
+    #[rustfmt::skip]
+    const FILTER: [u8; 76] = [
+        0, 0, 0, 0, 3, 0, 0, 0,                 // struct tcmsg: device 3
+        1, 0, 0, 0, 0xf3, 0xff, 0xff, 0xff, 0, 3, 7, 0, // handle 1
+        8, 0, 1, 0, b'b', b'p', b'f', 0,        // TCA_KIND
+        8, 0, 11, 0, 0, 0, 0, 0,                // TCA_CHAIN
+        40, 0, 2, 0,                            // TCA_OPTIONS
+        6, 0, 4, 0, 1, 0, 0, 0,                 // TCA_BPF_OPS_LEN
+        12, 0, 5, 0, 6, 0, 0, 0, 0, 0, 0, 0,    // TCA_BPF_OPS
+        8, 0, 8, 0, 1, 0, 0, 0,                 // TCA_BPF_FLAGS: TCA_BPF_FLAG_ACT_DIRECT
+        8, 0, 9, 0, 8, 0, 0, 0,                 // TCA_BPF_FLAGS_GEN: not in hardware
+    ];
+
+    #[test]
+    fn a_filter_and_the_announcement_of_its_priority() {
+        assert_eq!(decode(Reply { kind: libc::RTM_NEWTFILTER, payload: &PRIORITY }), None);
+        let expected = Filter {
+            priority: 7,
+            handle: 1,
+            protocol: libc::ETH_P_ALL as u16,
+            kind: "bpf".into(),
+            direct_action: true,
+            ..Filter::default()
+        };
+        assert_eq!(decode(Reply { kind: libc::RTM_NEWTFILTER, payload: &FILTER }), Some(expected));
+    }
+
+    #[test]
+    fn cut_anywhere_it_never_panics() {
+        for length in 0..FILTER.len() {
+            let _ = decode(Reply { kind: libc::RTM_NEWTFILTER, payload: &FILTER[..length] });
         }
     }
 }
