@@ -259,3 +259,45 @@ fn socket(text: &str) -> Option<SocketAddr> {
 fn lock(lines: &Mutex<Lines>) -> MutexGuard<'_, Lines> {
     lines.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// From `tcpdump -nn -tt -vv -i uplink` in the lab.
+    const OUTPUT: &str = "\
+1795571809.026789 IP (tos 0x0, ttl 64, id 21435, offset 0, flags [none], proto UDP (17), length 110)
+    10.0.100.3.27486 > 10.0.100.15.8472: [bad udp cksum 0x7b75 -> 0x99fb!] OTV, flags [I] (0x08), overlay 0, instance 1
+IP (tos 0x0, ttl 64, id 1203, offset 0, flags [DF], proto TCP (6), length 60)
+    10.244.0.0.40018 > 10.244.2.73.9153: Flags [S], cksum 0x1792 (correct), seq 1279602967, win 65280, length 0
+1795571809.041785 IP6 (flowlabel 0x2b0a2, hlim 64, next-header UDP (17) payload length: 63) fd00:100::3.49152 > \
+fd00:100::f.8472: [bad udp cksum 0xe127 -> 0x257e!]  BCM-LI-SHIM: direction unknown, unknown payload
+1795571809.077775 IP6 (hlim 64, next-header UDP (17) payload length: 63) fd00:100::3.49152 > fd00:100::f.8472: \
+[bad udp cksum 0x0000 -> 0x257e!]  BCM-LI-SHIM: direction unknown, unknown payload
+1795571809.098 IP (tos 0x0, ttl 64, id 1, offset 0, flags [none], proto UDP (17), length 78)
+    10.0.100.3.1 > 10.0.100.15.4789: [no cksum] VXLAN, flags [I] (0x08), vni 1
+1795571809.099 IP (tos 0x0, ttl 64, id 1, offset 0, flags [none], proto UDP (17), length 78)
+    10.0.100.3.1 > 10.0.100.15.4789: [udp sum ok] VXLAN, flags [I] (0x08), vni 1
+";
+
+    #[test]
+    fn tcpdump_is_understood() {
+        let packets = parse(&OUTPUT.lines().map(str::to_owned).collect::<Vec<_>>());
+        let short: Vec<_> = packets
+            .iter()
+            .map(|packet| (packet.sport, packet.seen, packet.expected, packet.bad, packet.length))
+            .collect();
+        assert_eq!(
+            short,
+            [
+                (27486, Some(0x7b75), Some(0x99fb), true, 110),
+                (49152, Some(0xe127), Some(0x257e), true, 63),
+                (49152, Some(0), Some(0x257e), false, 63),
+                (1, Some(0), None, false, 78),
+                (1, None, None, false, 78),
+            ]
+        );
+        assert_eq!(packets[1].dst.to_string(), "fd00:100::f");
+        assert!(packets[0].text.contains("10.244.2.73.9153"));
+    }
+}

@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Mutex, MutexGuard, Once, PoisonError,
-        atomic::{AtomicI32, Ordering},
+        atomic::{AtomicBool, AtomicI32, Ordering},
     },
     thread,
 };
@@ -30,6 +30,7 @@ const NETNS_DIR: &str = "/run/netns";
 
 static LIVE: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 static SIGNAL_PIPE: AtomicI32 = AtomicI32::new(-1);
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 /// From now on SIGINT, SIGTERM and SIGHUP delete the namespaces of this process, kill the programs in them, and exit with
 /// 128 + signal (130 for SIGINT). For programs that own their process, not for tests.
@@ -41,6 +42,7 @@ pub fn on_interrupt() -> Result<()> {
     thread::Builder::new().name("cleanup".to_owned()).spawn(move || {
         let mut number = [0_u8];
         if reader.read_exact(&mut number).is_ok() {
+            INTERRUPTED.store(true, Ordering::SeqCst);
             everything();
             std::process::exit(128 + i32::from(number[0]));
         }
@@ -55,9 +57,18 @@ pub fn on_interrupt() -> Result<()> {
 
 /// Deletes all namespaces of this process and kills the programs in them, at once.
 pub fn everything() {
-    let names: Vec<String> = live().iter().cloned().collect();
-    for name in names {
+    loop {
+        let name = live().first().cloned();
+        let Some(name) = name else { break };
         remove(&name);
+    }
+}
+
+/// Once interrupted, a thread that would make or drop a namespace has nothing left to do: it waits for the exit, lest the
+/// errors that follow from killed programs decide how the process ends.
+pub(crate) fn wait_if_interrupted() {
+    while INTERRUPTED.load(Ordering::SeqCst) {
+        thread::park();
     }
 }
 
@@ -98,10 +109,17 @@ fn remove_stale() {
     for entry in fs::read_dir(NETNS_DIR).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let owner = name.strip_prefix("vxmon-").and_then(|rest| rest.split('-').next()?.parse::<u32>().ok());
-        if owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
+        if owner.is_some_and(|pid| !is_alive(pid)) {
             remove(&name);
         }
     }
+}
+
+/// A zombie has a directory in /proc until its parent takes notice, which may be never.
+fn is_alive(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The state comes after the name, which is in parentheses and may have any character in it.
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
 /// Kills the processes in that namespace which carry the mark, whoever their parent is by now.

@@ -149,3 +149,22 @@ impl Drop for GsoCounter<'_> {
         let _ = self.node.run("nft", &["delete", "table", "netdev", &self.table]);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_are_understood() {
+        let line = "udp      17 27 src=10.0.100.3 dst=10.0.100.15 sport=35300 dport=8472 [UNREPLIED] src=10.0.100.15 \
+                    dst=10.0.100.3 sport=8472 dport=27486 mark=0 use=1";
+        let entry = parse_entry(line).unwrap();
+        assert_eq!((entry.proto.as_str(), entry.orig.sport, entry.reply.dport), ("udp", 35300, 27486));
+        assert_eq!(entry.flags, ["UNREPLIED"]);
+        assert!(entry.port_rewritten());
+        let line = "icmpv6   58 29 src=fd00:100::3 dst=fd00:100::f type=128 code=0 id=1 src=fd00:100::f dst=fd00:100::3 \
+                    type=129 code=0 id=1 mark=16384 use=1";
+        let entry = parse_entry(line).unwrap();
+        assert_eq!((entry.orig.sport, entry.mark, entry.port_rewritten()), (0, 0x4000, false));
+    }
+}

@@ -45,6 +45,7 @@ impl Netns {
 
     fn numbered(number: u32, suffix: &str) -> Result<Self> {
         let name = format!("vxmon-{}-{number}-{suffix}", std::process::id());
+        cleanup::wait_if_interrupted();
         cleanup::register(&name);
         let made = cmd::run(Command::new("ip").args(["netns", "add", &name])).and_then(|_| {
             File::open(cleanup::netns_path(&name)).with_context(|| format!("cannot open namespace {name}"))
@@ -70,8 +71,9 @@ impl Netns {
         cleanup::netns_path(&self.name)
     }
 
-    /// A program that will run inside, with `/sys` of that namespace as `ip netns exec` gives it. It gets SIGKILL when the
-    /// thread that started it ends, and when the namespace is dropped.
+    /// A program that will run inside, with `/sys` of that namespace as `ip netns exec` gives it: without what else is
+    /// mounted below `/sys` (bpffs, tracefs, cgroups). It gets SIGKILL when the thread that started it ends, and when the
+    /// namespace is dropped.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(program);
         let (file, parent) = (Arc::clone(&self.file), getpid());
@@ -133,6 +135,7 @@ impl Netns {
 
 impl Drop for Netns {
     fn drop(&mut self) {
+        cleanup::wait_if_interrupted();
         cleanup::remove(&self.name);
     }
 }

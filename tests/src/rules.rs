@@ -9,6 +9,9 @@ use crate::{
     lab::{Family, HTTP_PORT, Side, UDP_PORT, service},
 };
 
+/// iptables-legacy has one lock for all namespaces, and other labs may hold it.
+const WAIT: [&str; 2] = ["-w", "10"];
+
 /// Where the rules live.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backend {
@@ -76,8 +79,8 @@ impl Rules {
                 return restore(node, "nft", &["-f", "-"], &text);
             }
         };
-        restore(node, four, &["--noflush"], &self.iptables(Family::V4)?)?;
-        restore(node, six, &["--noflush"], &self.iptables(Family::V6)?)
+        restore(node, four, &[&WAIT[..], &["--noflush"]].concat(), &self.iptables(Family::V4)?)?;
+        restore(node, six, &[&WAIT[..], &["--noflush"]].concat(), &self.iptables(Family::V6)?)
     }
 
     fn ports(&self) -> [(&'static str, u16); 2] {
@@ -181,7 +184,7 @@ impl Rules {
 /// Removes the NAT rules of all backends, and all connections.
 pub(crate) fn flush(node: &Netns) -> Result<()> {
     for restore_program in ["iptables-legacy-restore", "ip6tables-legacy-restore"] {
-        restore(node, restore_program, &[], "*nat\nCOMMIT\n")?;
+        restore(node, restore_program, &WAIT, "*nat\nCOMMIT\n")?;
     }
     // The tables of iptables-nft are ordinary nftables tables.
     node.run("nft", &["flush", "ruleset"])?;

@@ -69,11 +69,15 @@ impl Output {
     }
 }
 
-/// The binary under test: `VXMON_BIN`, else `target/release/vxmon` of the workspace.
+/// The binary under test: `VXMON_BIN`, else `release/vxmon` in the target directory, where `cargo xtask build` puts it.
 pub fn binary() -> Result<PathBuf> {
-    let path = std::env::var_os("VXMON_BIN")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/release/vxmon"), PathBuf::from);
-    path.canonicalize().with_context(|| format!("no {}: run `cargo build --release`, or set VXMON_BIN", path.display()))
+    let target = || match std::env::var_os("CARGO_TARGET_DIR") {
+        Some(target) => PathBuf::from(target),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"),
+    };
+    let path = std::env::var_os("VXMON_BIN").map_or_else(|| target().join("release/vxmon"), PathBuf::from);
+    path.canonicalize()
+        .with_context(|| format!("no {}: run `cargo xtask build --release`, or set VXMON_BIN", path.display()))
 }
 
 impl Vxmon {
@@ -84,10 +88,12 @@ impl Vxmon {
 
     /// As [`attach`](Self::attach), but waits until it is attached to `devices` devices.
     ///
-    /// Attached is what an `attached` line on stdout says; without `--format json`, the first line on stderr.
+    /// Attached is what an `attached` line on stdout says; without `--format json`, or with `--output`, the first line on
+    /// stderr.
     pub fn attach_to(node: &Netns, devices: usize, args: &[&str]) -> Result<Self> {
         let vxmon = Self::start(node, args)?;
         let json = args.windows(2).any(|pair| pair == ["--format", "json"]) || args.contains(&"--format=json");
+        let json = json && !args.iter().any(|arg| arg.starts_with("--output"));
         vxmon.until_ready(devices, json)
     }
 
