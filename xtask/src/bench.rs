@@ -1,0 +1,11 @@
+//! `cargo xtask bench`.
+
+use anyhow::{Result, bail};
+
+use crate::{cargo, setup::Scope};
+
+/// Runs it.
+pub fn run() -> Result<()> {
+    let _vxmon = cargo::build(Scope::Everything)?;
+    bail!("the bench is not written yet")
+}

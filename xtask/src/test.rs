@@ -1,0 +1,132 @@
+//! All tests: unit and property tests, documentation examples, and the privileged tests of package `vxmon-tests`.
+//!
+//! One profile (release) for all, so that tests meet the binary that users get. cargo prints a result for each test
+//! binary; the last line here is their sum.
+
+use std::{
+    fs,
+    ops::AddAssign,
+    path::Path,
+    process::{Command, ExitCode},
+};
+
+use anyhow::{Context as _, Result, bail};
+use nix::unistd::Uid;
+
+use crate::{cargo, proc, setup::Scope};
+
+/// The package whose tests need root.
+const PRIVILEGED: &str = "vxmon-tests";
+
+/// Runs all tests, with `args` passed to their binaries.
+pub fn run(args: &[String]) -> Result<ExitCode> {
+    let vxmon = cargo::build(Scope::Everything)?;
+    let skip_file = vxmon.with_file_name("skipped-tests");
+    fs::write(&skip_file, "").with_context(|| format!("cannot write {}", skip_file.display()))?;
+
+    let mut total = Count::default();
+    let mut success = true;
+    for call in calls(&vxmon, &skip_file)? {
+        let mut command = cargo::command()?;
+        command.args(["test", "--release", "--locked", "--no-fail-fast"]).args(call).arg("--").args(args);
+        // Where the tests find the daemon, and note those that cannot run on this machine.
+        command.env("VXMON_BIN", &vxmon).env("VXMON_SKIP_FILE", &skip_file);
+        let mut count = Count::default();
+        let status = proc::run_lines(&mut command, |line| {
+            println!("{line}");
+            if let Some(result) = Count::parse(line) {
+                count += result;
+            }
+        })?;
+        success &= status.success();
+        if !status.success() && count.failed == 0 {
+            // It did not compile, or a test binary died before it printed its result.
+            eprintln!("xtask: `{}`: {status}, without a failed test", proc::line(&command));
+            count.failed = 1;
+        }
+        total += count;
+    }
+
+    let skipped = fs::read_to_string(&skip_file)?;
+    for line in skipped.lines() {
+        println!("{line}");
+        // The harness counts a test that returned early as passed.
+        total.passed = total.passed.saturating_sub(1);
+        total.skipped += 1;
+    }
+    println!("{} passed, {} failed, {} skipped", total.passed, total.failed, total.skipped);
+    Ok(if success { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The arguments of each call of `cargo test`: one if this is root, else one more for the tests that need root.
+fn calls(vxmon: &Path, skip_file: &Path) -> Result<Vec<Vec<String>>> {
+    let everything = ["--workspace", "--exclude=vxmon-ebpf"].map(str::to_owned).to_vec();
+    if Uid::effective().is_root() {
+        return Ok(vec![everything]);
+    }
+    if proc::output(Command::new("sudo").arg("--version")).is_none() {
+        bail!("not root, and there is no sudo: the tests of network namespaces need one of them");
+    }
+    let unprivileged = [everything, vec![format!("--exclude={PRIVILEGED}")]].concat();
+    // sudo may refuse to keep the environment, but not a command that sets it.
+    let runner = serde_json::to_string(&[
+        "sudo",
+        "env",
+        &format!("PATH={}", std::env::var("PATH")?),
+        &format!("VXMON_BIN={}", vxmon.display()),
+        &format!("VXMON_SKIP_FILE={}", skip_file.display()),
+    ])?;
+    let privileged = vec![
+        format!("--package={PRIVILEGED}"),
+        "--config".to_owned(),
+        // A JSON array of strings is a TOML one as well.
+        format!("target.'cfg(target_os = \"linux\")'.runner = {runner}"),
+    ];
+    Ok(vec![unprivileged, privileged])
+}
+
+/// How many tests ended how.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Count {
+    passed: u64,
+    failed: u64,
+    skipped: u64,
+}
+
+impl Count {
+    /// Reads the last line of a test binary: `test result: ok. 3 passed; 0 failed; 1 ignored; …`.
+    fn parse(line: &str) -> Option<Self> {
+        let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
+        let mut count = Self::default();
+        for part in counts.split("; ") {
+            match part.split_once(' ') {
+                Some((number, "passed")) => count.passed = number.parse().ok()?,
+                Some((number, "failed")) => count.failed = number.parse().ok()?,
+                Some((number, "ignored")) => count.skipped = number.parse().ok()?,
+                _ => {}
+            }
+        }
+        Some(count)
+    }
+}
+
+impl AddAssign for Count {
+    fn add_assign(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Count;
+
+    #[test]
+    fn results_of_test_binaries_are_read() {
+        let line = "test result: FAILED. 3 passed; 2 failed; 1 ignored; 0 measured; 7 filtered out; finished in 0.00s";
+        assert_eq!(Count::parse(line), Some(Count { passed: 3, failed: 2, skipped: 1 }));
+        assert_eq!(Count::parse("test result of another kind ... ok"), None);
+        assert_eq!(Count::parse("running 3 tests"), None);
+    }
+}
