@@ -28,6 +28,7 @@ pub struct Vxmon {
     child: Child,
     shared: Arc<Shared>,
     readers: Vec<JoinHandle<()>>,
+    started: Instant,
     /// From the start of the process until it said that it was attached.
     pub ready_after: Duration,
 }
@@ -101,6 +102,7 @@ impl Vxmon {
     pub fn start(node: &Netns, args: &[&str]) -> Result<Self> {
         let mut command = node.command(binary()?);
         command.arg("attach").args(args);
+        let started = Instant::now();
         let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -119,11 +121,10 @@ impl Vxmon {
                 output.stderr.push('\n');
             })?,
         ];
-        Ok(Self { child, shared, readers, ready_after: Duration::ZERO })
+        Ok(Self { child, shared, readers, started, ready_after: Duration::ZERO })
     }
 
     fn until_ready(mut self, devices: usize, json: bool) -> Result<Self> {
-        let start = Instant::now();
         let ready = |output: &Output| {
             if json { output.of_type("attached").count() >= devices } else { output.stderr.contains('\n') }
         };
@@ -131,10 +132,10 @@ impl Vxmon {
         if !ready(&output) {
             let said = output.stderr.trim_end().to_owned();
             drop(output);
-            bail!("vxmon attach is not ready after {:?}; it said: {said}", start.elapsed());
+            bail!("vxmon attach is not ready after {:?}; it said: {said}", self.started.elapsed());
         }
         drop(output);
-        self.ready_after = start.elapsed();
+        self.ready_after = self.started.elapsed();
         Ok(self)
     }
 

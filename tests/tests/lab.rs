@@ -2,6 +2,8 @@
 //! nothing where it must not be. If one of these fails, what the other tests say means nothing.
 
 use std::{
+    io::Write,
+    net::TcpStream,
     thread,
     time::{Duration, Instant},
 };
@@ -250,6 +252,40 @@ fn gso_packets_reach_the_egress_of_the_uplink() -> Result<()> {
                 }
             }
         }
+    }
+    Ok(())
+}
+
+/// GSO stores the pseudo-header sum only, which the kernel completes after NAT: so bulk data works on a flow whose
+/// handshake would not.
+#[test]
+fn only_small_packets_of_a_rewritten_flow_are_bad() -> Result<()> {
+    if !skip::root_or_skip("only_small_packets_of_a_rewritten_flow_are_bad") {
+        return Ok(());
+    }
+    for underlay in FAMILIES {
+        // Offload on, so that the handshake passes; then off, so that the sums of the same flow count.
+        let options = LabOptions { underlay, uplink_tx_offload: true, ..LabOptions::default() };
+        let lab = with_rules(options, &Rules::default())?;
+        let server = BulkServer::start(&lab.b, lab.pod_socket(Family::V4))?;
+        let mut stream = lab.a.enter(|| Ok(TcpStream::connect_timeout(&lab.service_socket(Family::V4), LIMIT)?))?;
+        for node in [&lab.a, &lab.b] {
+            ethtool(node, "uplink", &["tx", "off"])?;
+        }
+        let (capture, counter) = (Capture::vxlan(&lab)?, GsoCounter::start(&lab.a, "uplink", 1500)?);
+        stream.write_all(&[7; 30_000])?;
+        let start = Instant::now();
+        while server.received() < 30_000 {
+            ensure!(start.elapsed() < LIMIT, "{underlay:?}: {} bytes arrived", server.received());
+            thread::sleep(Duration::from_millis(1));
+        }
+        stream.write_all(&[7; 30])?;
+        thread::sleep(A_MOMENT);
+        let (big, packets) = (counter.count()?, capture.stop()?);
+        ensure!(big > 0, "no GSO packet");
+        let (small, large): (Vec<_>, Vec<_>) = packets.iter().partition(|packet| packet.length < 200);
+        ensure!(large.len() > 10 && large.iter().all(|packet| !packet.bad), "{large:#?}");
+        ensure!(!small.is_empty() && small.iter().all(|packet| packet.bad), "{small:#?}");
     }
     Ok(())
 }
