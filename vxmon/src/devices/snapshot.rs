@@ -18,6 +18,10 @@ use crate::netlink::{
 /// routes: of more, this many are taken evenly.
 pub const MAX_LOOKUPS: usize = 256;
 
+/// Up to so many VXLAN devices, each is asked for its forwarding entries. The kernel walks all devices for each such
+/// question, so of more, all entries are asked for at once, though those of bridges come too.
+const ASKED_ONE_BY_ONE: usize = 16;
+
 /// A route that was looked up, and what came of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Lookup {
@@ -35,7 +39,7 @@ pub struct Snapshot {
     pub links: Vec<Link>,
     /// All addresses.
     pub addresses: Vec<Address>,
-    /// Forwarding entries of all VXLAN devices, by the device's index.
+    /// Forwarding entries of VXLAN devices (and maybe other tunnels), by the device's index.
     pub fdb: BTreeMap<u32, Vec<fdb::Entry>>,
     /// Next hop objects, if a forwarding entry refers to one.
     pub nexthops: Nexthops,
@@ -86,10 +90,19 @@ impl Snapshot {
 
     fn ask_fdb(&mut self, socket: &mut Socket) {
         let vxlans: Vec<(u32, String)> = self.vxlans().map(|(link, _)| (link.ifindex, link.name.clone())).collect();
-        for (ifindex, name) in vxlans {
-            match fdb::entries(socket, ifindex) {
-                Ok(entries) => drop(self.fdb.insert(ifindex, entries)),
-                Err(error) => self.notes.push(format!("{name}: {error}")),
+        if vxlans.len() > ASKED_ONE_BY_ONE {
+            match fdb::all(socket) {
+                Ok(entries) => {
+                    entries.into_iter().for_each(|entry| self.fdb.entry(entry.ifindex).or_default().push(entry));
+                }
+                Err(error) => self.notes.push(error.to_string()),
+            }
+        } else {
+            for (ifindex, name) in vxlans {
+                match fdb::entries(socket, ifindex) {
+                    Ok(entries) => drop(self.fdb.insert(ifindex, entries)),
+                    Err(error) => self.notes.push(format!("{name}: {error}")),
+                }
             }
         }
         if self.fdb.values().flatten().any(|entry| entry.nexthop.is_some()) {

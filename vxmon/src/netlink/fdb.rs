@@ -56,6 +56,18 @@ pub fn entries(socket: &mut Socket, ifindex: u32) -> Result<Vec<Entry>, Error> {
     })
 }
 
+/// The forwarding entries of all devices of the namespace that have remotes: those of tunnels, not those of bridges.
+///
+/// # Errors
+/// See [`Socket::dump`].
+pub fn all(socket: &mut Socket) -> Result<Vec<Entry>, Error> {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Bridge;
+    socket.dump("list forwarding entries", &RouteNetlinkMessage::GetNeighbour(message), |reply| {
+        decode(reply).filter(|entry| entry.remote.is_some() || entry.nexthop.is_some())
+    })
+}
+
 /// Whether a neighbour message is about a forwarding entry with a remote, as only tunnel devices have them.
 pub(super) fn has_remote(payload: &[u8]) -> bool {
     NeighbourHeader::parse(payload).is_ok_and(|header| {

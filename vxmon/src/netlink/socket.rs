@@ -138,8 +138,8 @@ impl Socket {
             let answer = self.exchange(request, NLM_F_DUMP, message, deadline, &mut read);
             let interrupted = match &answer {
                 Ok(answer) => answer.interrupted,
-                // Something overran the socket's buffer: the rest of this dump is lost.
-                Err(error) => error.errno() == Some(Errno::ENOBUFS),
+                // An earlier dump, of which the end was not waited for, goes on until it has been read.
+                Err(error) => error.errno() == Some(Errno::EBUSY),
             };
             if !interrupted || attempt >= DUMP_ATTEMPTS {
                 return answer.map(|answer| answer.items);
@@ -162,32 +162,40 @@ impl Socket {
         self.inner.send(&bytes, 0).map_err(|source| Error::Transfer { request: request.to_owned(), source })?;
         let mut answer = Answer { items: Vec::new(), interrupted: false };
         loop {
-            self.receive(request, deadline)?;
+            if !self.receive(request, deadline)? {
+                answer.interrupted = true;
+                continue;
+            }
             if take_datagram(request, self.sequence, &self.buffer, &mut answer, read)? {
                 return Ok(answer);
             }
         }
     }
 
-    /// Receives one datagram, whole, into the buffer.
-    fn receive(&mut self, request: &str, deadline: Instant) -> Result<(), Error> {
+    /// Receives one datagram, whole, into the buffer; false if the kernel had no room for one and left it out.
+    fn receive(&mut self, request: &str, deadline: Instant) -> Result<bool, Error> {
         loop {
             if Instant::now() >= deadline {
                 return Err(Error::Timeout { request: request.to_owned(), seconds: ANSWER_TIMEOUT.as_secs() });
             }
-            self.buffer.clear();
-            match self.inner.recv(&mut self.buffer, libc::MSG_PEEK | libc::MSG_TRUNC) {
-                Ok(length) if length > self.buffer.capacity() => self.buffer.reserve(length),
-                Ok(_) => {
-                    self.buffer.clear();
-                    match self.inner.recv(&mut self.buffer, 0) {
-                        Ok(_) => return Ok(()),
-                        Err(source) => retry_or_fail(request, source)?,
-                    }
+            match self.receive_once() {
+                Ok(()) => return Ok(true),
+                Err(error) if error.raw_os_error() == Some(Errno::ENOBUFS as i32) => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(Error::Timeout { request: request.to_owned(), seconds: RECEIVE_TIMEOUT.as_secs() });
                 }
-                Err(source) => retry_or_fail(request, source)?,
+                Err(source) => return Err(Error::Transfer { request: request.to_owned(), source }),
             }
         }
+    }
+
+    fn receive_once(&mut self) -> io::Result<()> {
+        self.buffer.clear();
+        let length = self.inner.recv(&mut self.buffer, libc::MSG_PEEK | libc::MSG_TRUNC)?;
+        self.buffer.clear();
+        self.buffer.reserve(length);
+        self.inner.recv(&mut self.buffer, 0).map(drop)
     }
 }
 
@@ -196,15 +204,6 @@ struct Answer<T> {
     items: Vec<T>,
     /// The dump says of itself that it is not consistent (`NLM_F_DUMP_INTR`).
     interrupted: bool,
-}
-
-fn retry_or_fail(request: &str, source: io::Error) -> Result<(), Error> {
-    let request = request.to_owned();
-    match source.kind() {
-        io::ErrorKind::Interrupted => Ok(()),
-        io::ErrorKind::WouldBlock => Err(Error::Timeout { request, seconds: RECEIVE_TIMEOUT.as_secs() }),
-        _ => Err(Error::Transfer { request, source }),
-    }
 }
 
 /// The bytes of a request, netlink header included.
