@@ -120,11 +120,12 @@ fn commit(root: &Path) -> Option<String> {
     }
     let branch = git(&["symbolic-ref", "--quiet", "HEAD"]);
     for name in ["HEAD", "packed-refs"].into_iter().chain(branch.as_deref()) {
-        if let Some(path) = git(&["rev-parse", "--git-path", name]).map(|path| root.join(path))
-            // A file that does not exist counts as changed, always.
-            && path.exists()
-        {
+        let path = root.join(git(&["rev-parse", "--git-path", name])?);
+        // To cargo a file that does not exist has always changed. A branch without one gets it with its next commit.
+        if path.exists() {
             println!("cargo::rerun-if-changed={}", path.display());
+        } else if let Some(directory) = path.parent().filter(|directory| name != "packed-refs" && directory.exists()) {
+            println!("cargo::rerun-if-changed={}", directory.display());
         }
     }
     git(&["rev-parse", "--short=12", "HEAD"])

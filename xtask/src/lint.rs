@@ -43,8 +43,9 @@ fn ebpf() -> Result<()> {
     let mut clippy = cargo();
     clippy
         .args(["clippy", "--locked", "--package=vxmon-ebpf", "--bins", "--target", target, "-Zbuild-std=core"])
-        .arg("--target-dir")
-        .arg(root.join("target/ebpf/clippy"))
+        // Profile and directory of the real build (aya-build's), to share its procedural macros and build scripts.
+        .args(["--release", "--target-dir"])
+        .arg(root.join("target/ebpf/target/vxmon-ebpf"))
         .args(["--", "--deny=warnings"])
         .env("RUSTC_BOOTSTRAP", "1")
         .env("CARGO_ENCODED_RUSTFLAGS", format!("--cfg=bpf_target_arch=\"{architecture}\""));

@@ -74,7 +74,9 @@ pub fn run(scope: Scope) -> Result<()> {
         eprintln!("setup: no toolchain has core's source: the eBPF program is built with it");
         toolchain = add_source_to_nightly(&tools)?;
     }
-    if toolchain.is_none() && Toolchain::debian().is_none() {
+    let linked = toolchain.as_ref().is_none_or(|toolchain| toolchain.name == LINKED_TOOLCHAIN);
+    if linked && (Toolchain::debian().is_none() || !Path::new("/usr/bin/cargo-clippy").exists()) {
+        eprintln!("setup: Debian's Rust is missing, or its clippy: it builds and lints the eBPF program");
         packages.extend(DEBIAN_TOOLCHAIN);
     }
     if !packages.is_empty() {
