@@ -49,6 +49,18 @@ impl Sum {
         self.add_u16(!other.fold())
     }
 
+    /// The sum as it is, to pass it on as a number.
+    #[inline(always)]
+    pub const fn to_bits(self) -> u64 {
+        self.0
+    }
+
+    /// Back from [`Sum::to_bits`].
+    #[inline(always)]
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+
     /// Folds to 16 bits, not complemented. Zero only if every word added was zero.
     #[inline(always)]
     pub const fn fold(self) -> u16 {

@@ -45,77 +45,62 @@ pub struct Endpoints {
     pub dport: u16,
 }
 
-impl Endpoints {
-    /// A tuple as the packets of its direction look before NAT.
-    #[inline(always)]
-    pub const fn of(tuple: &Tuple) -> Self {
-        Self { src: tuple.src, dst: tuple.dst, sport: tuple.sport, dport: tuple.dport }
-    }
-
-    /// The same with source and destination swapped.
-    #[inline(always)]
-    pub const fn inverse(&self) -> Self {
-        Self { src: self.dst, dst: self.src, sport: self.dport, dport: self.sport }
-    }
-
-    #[inline(always)]
-    fn addresses(&self) -> Sum {
-        Sum::ZERO
-            .add_u32(self.src[0])
-            .add_u32(self.src[1])
-            .add_u32(self.src[2])
-            .add_u32(self.src[3])
-            .add_u32(self.dst[0])
-            .add_u32(self.dst[1])
-            .add_u32(self.dst[2])
-            .add_u32(self.dst[3])
-    }
-
-    #[inline(always)]
-    fn sum(&self) -> Sum {
-        self.addresses().add_u16(self.sport).add_u16(self.dport)
-    }
-
-    #[inline(always)]
-    fn is(&self, other: &Self) -> bool {
-        // Word by word: a comparison of arrays becomes a call of memcmp, which the kernel does not have.
-        self.sport == other.sport
-            && self.dport == other.dport
-            && self.src[0] == other.src[0]
-            && self.src[1] == other.src[1]
-            && self.src[2] == other.src[2]
-            && self.src[3] == other.src[3]
-            && self.dst[0] == other.dst[0]
-            && self.dst[1] == other.dst[1]
-            && self.dst[2] == other.dst[2]
-            && self.dst[3] == other.dst[3]
-    }
+/// Adds both addresses to a sum.
+#[inline(always)]
+fn add_addresses(sum: Sum, src: &[u32; 4], dst: &[u32; 4]) -> Sum {
+    sum.add_u32(src[0])
+        .add_u32(src[1])
+        .add_u32(src[2])
+        .add_u32(src[3])
+        .add_u32(dst[0])
+        .add_u32(dst[1])
+        .add_u32(dst[2])
+        .add_u32(dst[3])
 }
 
-/// What NAT did to a packet: how it looked before, and how it looks now.
+/// Compares word by word: a comparison of arrays becomes a call of memcmp, which the kernel does not have.
+#[inline(always)]
+const fn equal(a: &[u32; 4], b: &[u32; 4]) -> bool {
+    a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3]
+}
+
+/// What NAT did to a packet: how it looked before, and how it looks now. Borrowed throughout: the kernel program's stack
+/// has no room for copies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rewrite {
+pub struct Rewrite<'a> {
     /// Before NAT.
-    pub before: Endpoints,
+    pub before: &'a Tuple,
     /// As it leaves.
-    pub after: Endpoints,
+    pub after: &'a Endpoints,
 }
 
-impl Rewrite {
+impl<'a> Rewrite<'a> {
     /// The rewrite of a packet that leaves as `after`, by the two tuples of its connection. Packets of the original
     /// direction leave as the inverse of the reply tuple, and the other way round (`nf_nat_packet()`,
     /// net/netfilter/nf_nat_core.c). `None` if the packet fits neither, or nothing was rewritten.
     #[inline(always)]
-    pub fn find(orig: &Tuple, reply: &Tuple, after: &Endpoints) -> Option<Self> {
-        let (orig, reply) = (Endpoints::of(orig), Endpoints::of(reply));
-        let before = if reply.inverse().is(after) {
+    pub fn find(orig: &'a Tuple, reply: &'a Tuple, after: &'a Endpoints) -> Option<Self> {
+        let before = if Self::answers(reply, after) {
             orig
-        } else if orig.inverse().is(after) {
+        } else if Self::answers(orig, after) {
             reply
         } else {
             return None;
         };
-        if before.is(after) { None } else { Some(Self { before, after: *after }) }
+        let unchanged = before.sport == after.sport
+            && before.dport == after.dport
+            && equal(&before.src, &after.src)
+            && equal(&before.dst, &after.dst);
+        if unchanged { None } else { Some(Self { before, after }) }
+    }
+
+    /// Whether packets of `tuple` are the answers to `packet`.
+    #[inline(always)]
+    const fn answers(tuple: &Tuple, packet: &Endpoints) -> bool {
+        tuple.sport == packet.dport
+            && tuple.dport == packet.sport
+            && equal(&tuple.src, &packet.dst)
+            && equal(&tuple.dst, &packet.src)
     }
 
     /// What fault A leaves in a field that was 0: `inet_proto_csum_replace4/16()` adds the change of address and skips
@@ -123,7 +108,8 @@ impl Rewrite {
     /// net/netfilter/nf_nat_proto.c, before ea64d8d6c675). 0xffff if no address changed. Memory order.
     #[inline(always)]
     pub fn mangled_zero(&self) -> u16 {
-        match self.after.addresses().minus(self.before.addresses()).fold() {
+        let before = add_addresses(Sum::ZERO, &self.before.src, &self.before.dst);
+        match add_addresses(Sum::ZERO, &self.after.src, &self.after.dst).minus(before).fold() {
             0 => 0xffff,
             value => value,
         }
@@ -133,19 +119,22 @@ impl Rewrite {
     /// memory order.
     #[inline(always)]
     pub fn stale(&self, expected: u16) -> u16 {
-        Sum::ZERO.add_u16(!expected).minus(self.after.sum()).plus(self.before.sum()).to_check()
+        let Self { before, after } = self;
+        let now = add_addresses(Sum::ZERO, &after.src, &after.dst).add_u16(after.sport).add_u16(after.dport);
+        let then = add_addresses(Sum::ZERO, &before.src, &before.dst).add_u16(before.sport).add_u16(before.dport);
+        then.add_u16(!expected).minus(now).to_check()
     }
 }
 
 /// What is known of the packet's connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Nat {
+pub enum Nat<'a> {
     /// The entry could not be read.
     Unknown,
     /// The entry (or its absence) says that nothing was rewritten.
     None,
     /// The entry says what was rewritten.
-    Rewritten(Rewrite),
+    Rewritten(Rewrite<'a>),
 }
 
 /// A finding and its cause.
@@ -163,8 +152,8 @@ pub struct Cause {
 /// connection's tuples, is the value seen. The one exception is 0xffff with no entry to be had, fault A's signature with
 /// an unchanged address, which is named but not proved.
 #[inline(always)]
-pub fn cause(finding: &Finding, nat: &Nat) -> Cause {
-    let Finding { verdict, seen, expected } = *finding;
+pub fn cause(finding: &Finding, nat: &Nat<'_>) -> Cause {
+    let Finding { verdict, seen, expected, skb: _ } = *finding;
     let unnamed = Cause { verdict, predicted: None, proved: false };
     match (verdict, nat) {
         (Verdict::NatMangledZero, Nat::Rewritten(rewrite)) => {

@@ -209,6 +209,8 @@ pub struct Finding {
     pub seen: u16,
     /// What it should hold; `None` where no one value is right (`zero-outer-v6`, `malformed`).
     pub expected: Option<u16>,
+    /// The metadata it rests on; unknown also where none was needed (`zero`).
+    pub skb: Skb,
 }
 
 /// What came of looking at a packet.
@@ -248,24 +250,28 @@ pub struct Found {
 /// Ethernet headers, otherwise the protocol of the bare packet. `None`: not a tunnel packet.
 #[inline(always)]
 pub fn uplink<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ethertype: Option<u16>) -> Option<Found> {
+    let ip = tunnel(packet, surroundings, ethertype)?;
+    Some(Found { ip, outcome: outer(packet, surroundings, &ip) })
+}
+
+/// The first half of [`uplink`]: is it a tunnel packet?
+#[inline(always)]
+pub fn tunnel<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ethertype: Option<u16>) -> Option<Ip> {
     let (ethertype, l3) = match ethertype {
         Some(bare) => (bare, 0),
         None => packet::ethernet(packet, 0).ok()?,
     };
-    let ip = packet::ip(packet, ethertype, l3).ok()?;
+    let ip = packet.ip(ethertype, l3).ok()?;
     if ip.proto != proto::UDP || ip.fragment == Fragment::Later {
         return None;
     }
-    let port = packet.u16(ip.l4 + UDP_DST)?;
-    if !surroundings.is_tunnel_port(port) {
-        return None;
-    }
-    let outcome = if ip.fragment == Fragment::No {
-        udp(packet, surroundings, &ip, Some(port))
-    } else {
-        Outcome::Unverified(Reason::Fragment)
-    };
-    Some(Found { ip, outcome })
+    surroundings.is_tunnel_port(packet.u16(ip.l4 + UDP_DST)?).then_some(ip)
+}
+
+/// The second half of [`uplink`].
+#[inline(always)]
+pub fn outer<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip) -> Outcome {
+    if ip.fragment == Fragment::No { udp(packet, surroundings, ip, true) } else { FRAGMENT }
 }
 
 /// Judges the L4 checksum of a frame that a VXLAN device is about to encapsulate. `ethertype` as for [`uplink`].
@@ -276,15 +282,14 @@ pub fn vxlan_device<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, et
         Some(bare) => (bare, 0),
         None => packet::ethernet(packet, 0).ok()?,
     };
-    let ip = packet::ip(packet, ethertype, l3).ok()?;
+    let ip = packet.ip(ethertype, l3).ok()?;
     let check = packet::check_offset(ip.family, ip.proto)?;
     let outcome = if ip.fragment != Fragment::No {
-        Outcome::Unverified(Reason::Fragment)
+        FRAGMENT
     } else if ip.proto == proto::UDP {
-        match udp(packet, surroundings, &ip, None) {
-            Outcome::Judged(Finding { verdict, seen, expected }) if verdict.is_anomaly() => {
-                let verdict = if matches!(verdict, Verdict::Malformed) { verdict } else { Verdict::BadInner };
-                Outcome::Judged(Finding { verdict, seen, expected })
+        match udp(packet, surroundings, &ip, false) {
+            Outcome::Judged(finding) if finding.verdict.is_anomaly() && finding.verdict != Verdict::Malformed => {
+                Outcome::Judged(Finding { verdict: Verdict::BadInner, ..finding })
             }
             outcome => outcome,
         }
@@ -295,8 +300,10 @@ pub fn vxlan_device<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, et
 }
 
 const UNREADABLE: Outcome = Outcome::Unverified(Reason::Unreadable);
+const FRAGMENT: Outcome = Outcome::Unverified(Reason::Fragment);
 const AMBIGUOUS: Outcome = Outcome::Unverified(Reason::Ambiguous);
-const MALFORMED: Outcome = Outcome::Judged(Finding { verdict: Verdict::Malformed, seen: 0, expected: None });
+const MALFORMED: Outcome =
+    Outcome::Judged(Finding { verdict: Verdict::Malformed, seen: 0, expected: None, skb: Skb::UNKNOWN });
 /// No IP packet is longer, jumbograms and BIG TCP aside.
 const MAX_IP: u32 = 0xffff;
 
@@ -314,9 +321,9 @@ fn l4_length<P: Packet>(packet: &P, ip: &Ip) -> Result<u32, Outcome> {
     if end > len || ip.l4 > end { Err(MALFORMED) } else { Ok(end - ip.l4) }
 }
 
-/// Judges a UDP checksum: the outer one (`tunnel` is its port, memory order), or one inside.
+/// Judges a UDP checksum: the outer one of a tunnel packet, or one inside.
 #[inline(always)]
-fn udp<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip, tunnel: Option<u16>) -> Outcome {
+fn udp<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip, is_outer: bool) -> Outcome {
     let (Some(length), Some(seen)) = (packet.u16(ip.l4 + UDP_LEN), packet.u16(ip.l4 + UDP_CHECK)) else {
         return UNREADABLE;
     };
@@ -330,12 +337,12 @@ fn udp<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip, tunnel
         length => length,
     };
     if seen == 0 {
-        let wrong = match (ip.family, tunnel) {
-            (Family::V6, Some(port)) => surroundings.zero_over_ipv6_is_wrong(port),
-            _ => false,
-        };
-        let verdict = if wrong { Verdict::ZeroOuterV6 } else { Verdict::Zero };
-        return Outcome::Judged(Finding { verdict, seen, expected: None });
+        let wrong = is_outer
+            && ip.family == Family::V6
+            && packet.u16(ip.l4 + UDP_DST).is_some_and(|port| surroundings.zero_over_ipv6_is_wrong(port));
+        let (verdict, skb) =
+            if wrong { (Verdict::ZeroOuterV6, surroundings.skb()) } else { (Verdict::Zero, Skb::UNKNOWN) };
+        return Outcome::Judged(Finding { verdict, seen, expected: None, skb });
     }
     if ip.rerouted {
         return AMBIGUOUS;
@@ -343,26 +350,48 @@ fn udp<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip, tunnel
     let Some(pseudo) = packet::pseudo_header(packet, ip, length) else {
         return UNREADABLE;
     };
-    let datagram = Datagram { at: ip.l4, length, seen, pseudo, wrong: Verdict::BadOuter };
     let skb = surroundings.skb();
-    match skb.state {
-        State::Unknown => datagram.any_reading(packet, surroundings),
-        State::Partial if skb.gso_size > 0 => {
-            if skb.gso_type & SKB_GSO_UDP_TUNNEL_CSUM != 0 || skb.csum_start == ip.l4 {
-                datagram.pending()
-            } else if skb.gso_type & SKB_GSO_UDP_TUNNEL != 0 {
-                // Without TUNNEL_CSUM the device sends no outer sum: something wrote to a field that was 0.
-                Outcome::Judged(Finding { verdict: Verdict::NatMangledZero, seen, expected: Some(0) })
-            } else {
-                datagram.any_reading(packet, surroundings)
+    let datagram = Datagram { at: ip.l4, length, seen, pseudo, wrong: Verdict::BadOuter, skb };
+    match Row::of(&skb, ip.l4, length) {
+        Row::MustBeZero => datagram.found_wrong(Verdict::NatMangledZero, 0),
+        Row::Pending => datagram.pending(),
+        Row::Lco => datagram.lco(packet, skb.csum_start, skb.csum_offset),
+        Row::Full => datagram.full(packet, surroundings),
+        Row::Any => datagram.any_reading(packet, surroundings),
+    }
+}
+
+/// Which row of the table applies to a UDP checksum that is not 0.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Row {
+    /// The device sends no outer sum: something wrote to a field that was 0.
+    MustBeZero,
+    Pending,
+    Lco,
+    Full,
+    /// The metadata does not tell.
+    Any,
+}
+
+impl Row {
+    #[inline(always)]
+    fn of(skb: &Skb, udp: u32, length: u32) -> Self {
+        match skb.state {
+            State::Unknown => Self::Any,
+            State::None | State::Unnecessary | State::Complete => Self::Full,
+            State::Partial if skb.csum_start == udp => Self::Pending,
+            State::Partial if skb.gso_size > 0 => {
+                if skb.gso_type & SKB_GSO_UDP_TUNNEL_CSUM != 0 {
+                    Self::Pending
+                } else if skb.gso_type & SKB_GSO_UDP_TUNNEL != 0 {
+                    Self::MustBeZero
+                } else {
+                    Self::Any
+                }
             }
+            State::Partial if skb.csum_start >= udp + UDP && skb.csum_start <= udp + length => Self::Lco,
+            State::Partial => Self::Any,
         }
-        State::Partial if skb.csum_start == ip.l4 => datagram.pending(),
-        State::Partial if skb.csum_start >= ip.l4 + UDP && skb.csum_start <= ip.l4 + length => {
-            datagram.lco(packet, skb.csum_start, skb.csum_offset)
-        }
-        State::Partial => datagram.any_reading(packet, surroundings),
-        State::None | State::Unnecessary | State::Complete => datagram.full(packet, surroundings),
     }
 }
 
@@ -384,15 +413,15 @@ fn l4<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip, check: 
         return UNREADABLE;
     };
     let pseudo = if has_pseudo_header { pseudo } else { Sum::ZERO };
-    let datagram = Datagram { at: ip.l4, length, seen, pseudo, wrong: Verdict::BadInner };
     let skb = surroundings.skb();
+    let datagram = Datagram { at: ip.l4, length, seen, pseudo, wrong: Verdict::BadInner, skb };
     match skb.state {
         State::Partial if skb.csum_start == ip.l4 && has_pseudo_header => {
             // Some guests leave the length out of the pseudo-header of a packet to be segmented, as their own
             // hardware wants it (Windows LSO); the host's segmentation puts it right.
             let without_length = pseudo.minus(Sum::ZERO.add_u32(length.to_be())).fold();
             if skb.gso_size > 0 && same(seen, without_length) {
-                Outcome::Judged(Finding { verdict: Verdict::Pending, seen, expected: Some(seen) })
+                datagram.found(true, Verdict::Pending, seen)
             } else {
                 datagram.pending()
             }
@@ -420,13 +449,20 @@ struct Datagram {
     pseudo: Sum,
     /// The verdict if it is wrong.
     wrong: Verdict,
+    /// The skb's metadata.
+    skb: Skb,
 }
 
 impl Datagram {
     #[inline(always)]
     fn found(&self, right: bool, good: Verdict, expected: u16) -> Outcome {
         let (verdict, expected) = if right { (good, self.seen) } else { (self.wrong, expected) };
-        Outcome::Judged(Finding { verdict, seen: self.seen, expected: Some(expected) })
+        Outcome::Judged(Finding { verdict, seen: self.seen, expected: Some(expected), skb: self.skb })
+    }
+
+    #[inline(always)]
+    fn found_wrong(&self, verdict: Verdict, expected: u16) -> Outcome {
+        Outcome::Judged(Finding { verdict, seen: self.seen, expected: Some(expected), skb: self.skb })
     }
 
     /// The field holds the pseudo-header sum.

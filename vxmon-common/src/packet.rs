@@ -33,6 +33,21 @@ pub trait Packet {
     fn u64(&self, at: u32) -> Option<u64>;
     /// The ones' complement sum of `len` bytes; an odd last byte is padded with zero.
     fn sum(&self, at: u32, len: u32) -> Option<Sum>;
+    /// The same offset, of which the verifier is to forget how it came about: it would follow each way through a chain of
+    /// extension headers by itself. In userspace nothing.
+    #[inline(always)]
+    fn forget(&self, offset: u32) -> u32 {
+        offset
+    }
+    /// Walks an IP header with its options or extension headers: [`ip`], which an implementation may only wrap.
+    /// `ethertype` in memory order.
+    #[inline(always)]
+    fn ip(&self, ethertype: u16, l3: u32) -> Result<Ip, Stop>
+    where
+        Self: Sized,
+    {
+        ip(self, ethertype, l3)
+    }
     /// Whether the packet has no bytes at all.
     fn is_empty(&self) -> bool {
         self.len() == 0
@@ -161,6 +176,56 @@ pub struct Ip {
     pub rerouted: bool,
 }
 
+impl Ip {
+    /// Packs the result of a walk into one number, and so through one register.
+    #[inline(always)]
+    pub const fn pack(walk: Result<Self, Stop>) -> u64 {
+        match walk {
+            Err(Stop::NotIp) => 0,
+            Err(Stop::Unreadable) => 1,
+            Ok(ip) => {
+                let fragment = match ip.fragment {
+                    Fragment::No => 0,
+                    Fragment::First => 1,
+                    Fragment::Later => 2,
+                };
+                let v6 = matches!(ip.family, Family::V6) as u64;
+                2 | (ip.rerouted as u64) << 2
+                    | v6 << 3
+                    | fragment << 4
+                    | (ip.proto as u64) << 8
+                    | ((ip.l4 & OFFSET_MASK) as u64) << 16
+                    | ((ip.end & OFFSET_MASK) as u64) << 40
+            }
+        }
+    }
+
+    /// Back from [`Ip::pack`]; `l3` is where the walk began.
+    #[inline(always)]
+    pub const fn unpack(packed: u64, l3: u32) -> Result<Self, Stop> {
+        match packed & 3 {
+            0 => Err(Stop::NotIp),
+            1 => Err(Stop::Unreadable),
+            _ => Ok(Self {
+                family: if packed & 8 == 0 { Family::V4 } else { Family::V6 },
+                l3,
+                l4: (packed >> 16) as u32 & OFFSET_MASK,
+                end: (packed >> 40) as u32 & OFFSET_MASK,
+                proto: (packed >> 8) as u8,
+                fragment: match packed >> 4 & 3 {
+                    0 => Fragment::No,
+                    1 => Fragment::First,
+                    _ => Fragment::Later,
+                },
+                rerouted: packed & 4 != 0,
+            }),
+        }
+    }
+}
+
+/// Bits of an offset in a packed [`Ip`]: no header walk and no IP length field gets beyond.
+const OFFSET_MASK: u32 = (1 << 20) - 1;
+
 /// Why a header walk ended early.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
@@ -192,7 +257,7 @@ const fn is_tag(ethertype: u16) -> bool {
         || ethertype == EtherType::Ieee8021QinQ1 as u16
 }
 
-/// Walks an IP header with its options or extension headers. `ethertype` in memory order.
+/// Walks an IP header with its options or extension headers. `ethertype` in memory order. Call it as [`Packet::ip`].
 #[inline(always)]
 pub fn ip<P: Packet>(packet: &P, ethertype: u16, l3: u32) -> Result<Ip, Stop> {
     if ethertype == ethertype::IPV4 {
@@ -267,6 +332,7 @@ fn ipv6<P: Packet>(packet: &P, l3: u32) -> Result<Ip, Stop> {
             l4 += (length + 1) * 8; // RFC 8200, section 4.3
         }
         next = header[0];
+        l4 = packet.forget(l4);
     }
     if is_extension(next) && fragment != Fragment::Later {
         return Err(Stop::Unreadable);
@@ -365,10 +431,10 @@ pub fn vxlan<P: Packet>(packet: &P, at: u32) -> Option<Vxlan> {
 pub fn inner<P: Packet>(packet: &P, udp: u32) -> Result<Ip, Stop> {
     let vxlan = vxlan(packet, udp + UDP).ok_or(Stop::Unreadable)?;
     match vxlan.bare {
-        Some(ethertype) => ip(packet, ethertype, vxlan.inner),
+        Some(ethertype) => packet.ip(ethertype, vxlan.inner),
         None => {
             let (ethertype, l3) = ethernet(packet, vxlan.inner)?;
-            ip(packet, ethertype, l3)
+            packet.ip(ethertype, l3)
         }
     }
 }

@@ -1,0 +1,135 @@
+//! The judge with the skb's metadata handed in, for tests and benchmarks through BPF_PROG_TEST_RUN, whose skbs are
+//! always linear and CHECKSUM_NONE. Never loaded by the daemon.
+//!
+//! `cb[0]`: the state's number in the low byte, [`NO_PAYLOAD`] and [`READ_SKB`] as further bits; `cb[1]`: csum_start;
+//! `cb[2]`: csum_offset; `cb[3]`: gso_size; `cb[4]`: gso_type.
+
+#![no_std]
+#![no_main]
+
+use core::hint::black_box;
+
+use aya_ebpf::{bindings::__sk_buff, macros::{classifier, map}, maps::Array, programs::TcContext};
+use vxmon_common::{
+    config::port_flag,
+    judge::{self, Found, Outcome, Skb, State, Surroundings},
+};
+use vxmon_ebpf::{TC_ACT_UNSPEC, maps::PORTS, meta, skb::SkbPacket, watch};
+
+/// In `cb[0]`: payloads are not summed.
+const NO_PAYLOAD: u32 = 1 << 8;
+/// In `cb[0]`: read the real metadata too, so that its cost is in the measurement.
+const READ_SKB: u32 = 1 << 9;
+
+/// What the judge said last: kind (0 not one to judge, 1 other, 2 unverified, 3 judged), number of the reason or the
+/// verdict, field seen, field expected (memory order), whether one is expected, offset of the L4 header.
+#[map]
+static RESULT: Array<[u32; 6]> = Array::with_max_entries(1, 0);
+
+struct HandedIn {
+    skb: *mut __sk_buff,
+}
+
+impl HandedIn {
+    #[inline(always)]
+    fn cb(&self, n: usize) -> u32 {
+        // SAFETY: the context is valid.
+        unsafe { (*self.skb).cb[n] }
+    }
+    #[inline(always)]
+    fn port(port: u16) -> u8 {
+        match PORTS.get_ptr(0) {
+            // SAFETY: the table has an entry for each u16.
+            Some(table) => unsafe { *table.cast::<u8>().add(port as usize) },
+            None => 0,
+        }
+    }
+}
+
+impl Surroundings for HandedIn {
+    #[inline(always)]
+    fn is_tunnel_port(&self, port: u16) -> bool {
+        Self::port(port) & port_flag::TUNNEL != 0
+    }
+    #[inline(always)]
+    fn zero_over_ipv6_is_wrong(&self, port: u16) -> bool {
+        Self::port(port) & port_flag::NO_ZERO_IPV6 != 0
+    }
+    #[inline(always)]
+    fn skb(&self) -> Skb {
+        let flags = self.cb(0);
+        if flags & READ_SKB != 0 {
+            black_box(meta::skb(self.skb));
+        }
+        Skb {
+            state: match flags as u8 {
+                4.. => State::Unknown,
+                bits => State::from_ip_summed(bits),
+            },
+            csum_start: self.cb(1),
+            csum_offset: self.cb(2),
+            gso_size: self.cb(3),
+            gso_type: self.cb(4),
+        }
+    }
+    #[inline(always)]
+    fn sum_payload(&self) -> bool {
+        self.cb(0) & NO_PAYLOAD == 0
+    }
+}
+
+#[inline(always)]
+fn tell(found: Option<Found>) {
+    let Some(result) = RESULT.get_ptr_mut(0) else {
+        return;
+    };
+    let (kind, number, seen, expected, l4) = match found {
+        None => (0, 0, 0, None, 0),
+        Some(Found { ip, outcome }) => match outcome {
+            Outcome::Other => (1, 0, 0, None, ip.l4),
+            Outcome::Unverified(reason) => (2, reason as u32, 0, None, ip.l4),
+            Outcome::Judged(finding) => (3, finding.verdict as u32, finding.seen, finding.expected, ip.l4),
+        },
+    };
+    // SAFETY: the map's value.
+    unsafe {
+        (*result)[0] = kind;
+        (*result)[1] = number;
+        (*result)[2] = u32::from(seen);
+        (*result)[3] = match expected {
+            Some(expected) => u32::from(expected),
+            None => 0,
+        };
+        (*result)[4] = expected.is_some() as u32;
+        (*result)[5] = l4;
+    }
+}
+
+/// Judges an uplink's packet.
+#[classifier]
+pub fn judge_uplink(ctx: TcContext) -> i32 {
+    let skb = ctx.skb.skb;
+    tell(judge::uplink(&SkbPacket::new(skb), &HandedIn { skb }, None));
+    TC_ACT_UNSPEC
+}
+
+/// Judges a VXLAN device's frame.
+#[classifier]
+pub fn judge_vxlan(ctx: TcContext) -> i32 {
+    let skb = ctx.skb.skb;
+    tell(judge::vxlan_device(&SkbPacket::new(skb), &HandedIn { skb }, None));
+    TC_ACT_UNSPEC
+}
+
+/// All of the uplink's program, as it is on a node.
+#[classifier]
+pub fn whole_uplink(ctx: TcContext) -> i32 {
+    watch::uplink(ctx.skb.skb);
+    TC_ACT_UNSPEC
+}
+
+/// What the others are measured against.
+#[classifier]
+pub fn empty(_ctx: TcContext) -> i32 {
+    TC_ACT_UNSPEC
+}

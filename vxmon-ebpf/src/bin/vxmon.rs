@@ -1,0 +1,21 @@
+//! The object that the daemon loads: a TC egress program for uplinks, and one for VXLAN devices.
+
+#![no_std]
+#![no_main]
+
+use aya_ebpf::{macros::classifier, programs::TcContext};
+use vxmon_ebpf::{TC_ACT_UNSPEC, watch};
+
+/// Judges the outer packet.
+#[classifier]
+pub fn vxmon_uplink(ctx: TcContext) -> i32 {
+    watch::uplink(ctx.skb.skb);
+    TC_ACT_UNSPEC
+}
+
+/// Judges the frame about to be encapsulated.
+#[classifier]
+pub fn vxmon_vxlan(ctx: TcContext) -> i32 {
+    watch::vxlan(ctx.skb.skb);
+    TC_ACT_UNSPEC
+}

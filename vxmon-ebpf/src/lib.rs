@@ -1,0 +1,41 @@
+//! vxmon's TC egress program: judges each tunnel packet that leaves, counts it, and sends anomalies to the daemon.
+//!
+//! ```text
+//! bin/vxmon       the object the daemon loads: one program for uplinks, one for VXLAN devices
+//! bin/vxmon-test  the same judge with the skb's metadata handed in, for tests and benchmarks
+//! watch           what both programs do with a packet
+//! skb             reading and summing an skb's bytes (vxmon_common::packet::Packet)
+//! meta            the skb's own fields: ip_summed, csum_start, gso_type, conntrack entry
+//! report          repeats are counted, the rest goes to the ring buffer
+//! tally           this CPU's counters of a device
+//! maps            every map and global, by the names in vxmon_common::config
+//! ```
+//!
+//! The program never changes, delays or drops a packet: it always returns TC_ACT_UNSPEC, so that other programs behind
+//! it run as if it were not there. TC_ACT_OK would end their chain.
+
+#![no_std]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
+
+pub mod maps;
+pub mod meta;
+pub mod report;
+pub mod skb;
+pub mod tally;
+pub mod watch;
+
+/// What every program returns: "no decision", so the next one runs (TCX_NEXT with tcx links, -1 too).
+pub const TC_ACT_UNSPEC: i32 = -1;
+
+/// The kernel does not load a program that could get here.
+#[cfg(target_arch = "bpf")]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    loop {}
+}
+
+/// The kernel hands helpers such as `bpf_probe_read_kernel` only to programs that say they are GPL-compatible.
+#[cfg(target_arch = "bpf")]
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

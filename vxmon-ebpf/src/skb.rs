@@ -1,0 +1,313 @@
+//! Reading and summing the bytes of an skb.
+//!
+//! This is all that differs between the judge in the kernel and in userspace. The verifier allows direct access to the
+//! linear part only after a comparison with its end, made with the very pointer that is read; the rest is reached by
+//! `bpf_skb_load_bytes()`. Sums go through `bpf_csum_diff()`, which takes packet data directly, but only of a length
+//! that the verifier knows: hence one function for each multiple of 64 bytes.
+
+use core::{mem::MaybeUninit, ptr};
+
+use aya_ebpf::{
+    bindings::__sk_buff,
+    helpers::generated::{bpf_csum_diff, bpf_skb_load_bytes},
+};
+use vxmon_common::{checksum::Sum, packet::{Ip, Packet, Stop, ip}};
+
+use crate::{
+    maps::{COPY, COPY_LEN, setting},
+};
+
+/// An skb on its way out, from its link-layer header on.
+pub struct SkbPacket {
+    skb: *mut __sk_buff,
+    /// Start of the linear part. Read once: were it read at each use, the compiler would keep the field's address at hand,
+    /// and the verifier refuses reads through a context pointer that was added to.
+    data: usize,
+    /// Its end.
+    end: usize,
+}
+
+/// The verifier does not follow packet pointers further than this (MAX_PACKET_OFF, kernel/bpf/verifier.c), less the
+/// longest single access.
+const MAX_OFFSET: u32 = 0xffff - LADDER_TOP;
+
+impl SkbPacket {
+    /// `skb` is the context of a TC program.
+    #[inline(always)]
+    pub fn new(skb: *mut __sk_buff) -> Self {
+        // SAFETY: the context is valid as long as the program runs.
+        unsafe { Self { skb, data: (*skb).data as usize, end: (*skb).data_end as usize } }
+    }
+
+    /// Where `len` bytes at `at` lie, if they are in the linear part.
+    #[inline(always)]
+    fn linear(&self, at: u32, len: u32) -> Option<*const u8> {
+        let at = opaque(at as usize); // so that what is compared is what is added
+        if at > MAX_OFFSET as usize {
+            return None;
+        }
+        let start = self.data + at;
+        if opaque(start + len as usize) > self.end { None } else { Some(start as *const u8) }
+    }
+
+    #[inline(always)]
+    fn load<T: Copy>(&self, at: u32) -> Option<T> {
+        if let Some(data) = self.linear(at, size_of::<T>() as u32) {
+            // SAFETY: within the linear part. Not aligned by Rust's rules; BPF loads need not be (the verifier checks
+            // alignment where the machine asks for it), and `read_unaligned` becomes one load a byte.
+            return Some(unsafe { *data.cast::<T>() });
+        }
+        let mut value = MaybeUninit::<T>::uninit();
+        // SAFETY: the helper fills the whole value or fails.
+        unsafe {
+            match bpf_skb_load_bytes(self.skb.cast(), at, value.as_mut_ptr().cast(), size_of::<T>() as u32) {
+                0 => Some(value.assume_init()),
+                _ => None,
+            }
+        }
+    }
+}
+
+/// The same number or pointer, its origin hidden from the compiler: it would turn `start + 1 > end` into `start >= end`,
+/// from which the verifier does not learn that a byte can be read, or compare one copy of an offset and use another.
+#[inline(always)]
+fn opaque(mut pointer: usize) -> usize {
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: moves a register to itself. (No instruction at all would leave two line entries for one place in the
+    // object, which the kernel refuses.)
+    unsafe {
+        core::arch::asm!("{0} = {0}", inout(reg) pointer, options(pure, nomem, nostack, preserves_flags));
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    {
+        pointer = core::hint::black_box(pointer);
+    }
+    pointer
+}
+
+/// The same number, of which the verifier knows nothing any more: combined twice with one that it does not know.
+#[inline(always)]
+fn forget(skb: *mut __sk_buff, mut number: u32) -> u32 {
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: the context is valid; two moves of bits in a register.
+    unsafe {
+        let unknown = (*skb).len;
+        core::arch::asm!(
+            "{number} ^= {unknown}",
+            "{number} ^= {unknown}",
+            number = inout(reg) number,
+            unknown = in(reg) unknown,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    {
+        let _ = skb;
+        number = core::hint::black_box(number);
+    }
+    number
+}
+
+impl Packet for SkbPacket {
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        // SAFETY: the context is valid as long as the program runs.
+        unsafe { (*self.skb).len }
+    }
+    #[inline(always)]
+    fn u8(&self, at: u32) -> Option<u8> {
+        self.load(at)
+    }
+    #[inline(always)]
+    fn u16(&self, at: u32) -> Option<u16> {
+        self.load(at)
+    }
+    #[inline(always)]
+    fn u32(&self, at: u32) -> Option<u32> {
+        self.load(at)
+    }
+    #[inline(always)]
+    fn u64(&self, at: u32) -> Option<u64> {
+        self.load(at)
+    }
+    #[inline(always)]
+    fn forget(&self, offset: u32) -> u32 {
+        forget(self.skb, offset)
+    }
+    #[inline(always)]
+    fn ip(&self, ethertype: u16, l3: u32) -> Result<Ip, Stop> {
+        Ip::unpack(vxmon_ip(self.skb, u32::from(ethertype), l3), l3)
+    }
+    #[inline(always)]
+    fn sum(&self, at: u32, len: u32) -> Option<Sum> {
+        let sum = vxmon_sum(self.skb, at, len);
+        if sum >= FAILED { None } else { Some(Sum::from_bits(sum)) }
+    }
+}
+
+/// Walks an IP header. A global function, which the verifier checks once for any arguments, not anew for each way through
+/// the headers before it, nor what follows for each way through these.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn vxmon_ip(skb: *mut __sk_buff, ethertype: u32, l3: u32) -> u64 {
+    Ip::pack(ip(&SkbPacket::new(skb), ethertype as u16, l3))
+}
+
+/// Returned instead of a sum, and still recognised after sums were added; no sum of 64 KiB gets near it.
+const FAILED: u64 = 1 << 56;
+/// The longest piece summed at once, on kernels that sum packet data in place.
+const LADDER_TOP: u32 = 1472;
+/// The longest piece that older kernels take (their scratchpad, `struct bpf_scratchpad` in net/core/filter.c).
+const SCRATCHPAD: u32 = 512;
+/// A packet has at most so many pieces.
+const MAX_PIECES: u32 = 0x1_0000 / SCRATCHPAD + 1;
+
+/// Sums `len` bytes at `at`. A global function, as [`vxmon_ip`] is.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn vxmon_sum(skb: *mut __sk_buff, at: u32, len: u32) -> u64 {
+    let packet = SkbPacket::new(skb);
+    if len > 0xffff || at > 0xffff {
+        return FAILED;
+    }
+    if at + len > MAX_OFFSET || packet.data + (at + len) as usize > packet.end {
+        return sum_copied(skb, at, len);
+    }
+    let Some(tail) = sum_tail(&packet, at + (len & !63), len & 63) else {
+        return FAILED;
+    };
+    let mut sum = tail;
+    let mut at = at;
+    let mut left = len & !63;
+    if setting(|config| &config.csum_chunk) >= LADDER_TOP {
+        for _ in 0..0x1_0000 / LADDER_TOP {
+            if left < LADDER_TOP {
+                break;
+            }
+            sum += sum_exactly::<{ LADDER_TOP / 64 }>(skb, at);
+            at += LADDER_TOP;
+            left -= LADDER_TOP;
+        }
+    } else {
+        for _ in 0..0x1_0000 / SCRATCHPAD {
+            if left < SCRATCHPAD {
+                break;
+            }
+            sum += sum_exactly::<{ SCRATCHPAD / 64 }>(skb, at);
+            at += SCRATCHPAD;
+            left -= SCRATCHPAD;
+        }
+    }
+    let (at, left) = (forget(skb, at), forget(skb, left));
+    if left > 0 {
+        sum += sum_blocks(skb, at, left >> 6);
+    }
+    sum
+}
+
+/// Fewer than 64 bytes of the linear part, by halves.
+#[inline(always)]
+fn sum_tail(packet: &SkbPacket, at: u32, len: u32) -> Option<u64> {
+    let mut sum = Sum::ZERO;
+    if len & 32 != 0 {
+        sum = sum.plus(words::<8>(packet, at)?);
+    }
+    if len & 16 != 0 {
+        sum = sum.plus(words::<4>(packet, at + (len & 32))?);
+    }
+    if len & 8 != 0 {
+        sum = sum.plus(words::<2>(packet, at + (len & 48))?);
+    }
+    if len & 4 != 0 {
+        sum = sum.plus(words::<1>(packet, at + (len & 56))?);
+    }
+    if len & 2 != 0 {
+        sum = sum.add_u16(packet.u16(at + (len & 60))?);
+    }
+    if len & 1 != 0 {
+        sum = sum.add_u16(u16::from_ne_bytes([packet.u8(at + (len & 62))?, 0]));
+    }
+    Some(sum.to_bits())
+}
+
+/// `N` words of 32 bits of the linear part.
+#[inline(always)]
+fn words<const N: usize>(packet: &SkbPacket, at: u32) -> Option<Sum> {
+    let words = packet.linear(at, 4 * N as u32)?.cast::<u32>();
+    let mut sum = Sum::ZERO;
+    for n in 0..N {
+        // SAFETY: within the linear part; alignment as in `load`.
+        sum = sum.add_u32(unsafe { *words.add(n) });
+    }
+    Some(sum)
+}
+
+/// `N` blocks of 64 bytes of the linear part. Never inlined: were the arms of [`sum_blocks`] merged into one call, its
+/// length would no longer be known to the verifier.
+#[inline(never)]
+fn sum_exactly<const N: u32>(skb: *mut __sk_buff, at: u32) -> u64 {
+    match SkbPacket::new(skb).linear(at, 64 * N) {
+        // SAFETY: within the linear part.
+        Some(data) => unsafe { csum_diff(data, 64 * N) },
+        None => FAILED,
+    }
+}
+
+/// # Safety
+/// `len` bytes at `data` must be readable, and `len` divisible by 4.
+#[inline(always)]
+unsafe fn csum_diff(data: *const u8, len: u32) -> u64 {
+    // SAFETY: by the caller.
+    let sum = unsafe { bpf_csum_diff(ptr::null_mut(), 0, data.cast_mut().cast(), len, 0) };
+    if sum < 0 { FAILED } else { sum as u32 as u64 }
+}
+
+#[inline(always)]
+fn sum_blocks(skb: *mut __sk_buff, at: u32, blocks: u32) -> u64 {
+    macro_rules! ladder {
+        ($($n:literal)*) => {
+            match blocks {
+                $($n => sum_exactly::<$n>(skb, at),)*
+                _ => FAILED,
+            }
+        };
+    }
+    ladder!(1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23)
+}
+
+/// Sums bytes that are not all in the linear part: copied first.
+#[inline(never)]
+fn sum_copied(skb: *mut __sk_buff, at: u32, len: u32) -> u64 {
+    let Some(copy) = COPY.get_ptr_mut(0) else {
+        return FAILED;
+    };
+    let copy = copy.cast::<u8>();
+    let chunk = setting(|config| &config.csum_chunk);
+    let mut sum = 0;
+    let mut at = at;
+    let mut left = len;
+    for _ in 0..MAX_PIECES {
+        if left == 0 {
+            return sum;
+        }
+        let most = if chunk >= COPY_LEN as u32 { COPY_LEN as u32 } else { SCRATCHPAD };
+        let piece = left.min(most);
+        if piece == 0 || piece > COPY_LEN as u32 {
+            return FAILED;
+        }
+        // SAFETY: the copy has room for COPY_LEN bytes and four of padding, and `piece` is at most COPY_LEN.
+        let piece_sum = unsafe {
+            if bpf_skb_load_bytes(skb.cast(), at, copy.cast(), piece) != 0 {
+                return FAILED;
+            }
+            for n in 0..3 {
+                *copy.add(piece as usize + n) = 0;
+            }
+            csum_diff(copy, (piece + 3) & !3)
+        };
+        sum += piece_sum;
+        at += piece;
+        left -= piece;
+    }
+    FAILED
+}
