@@ -5,7 +5,10 @@
 //! `bpf_skb_load_bytes()`. Sums go through `bpf_csum_diff()`, which takes packet data directly, but only of a length
 //! that the verifier knows: hence one function for each multiple of 64 bytes.
 
-use core::{mem::MaybeUninit, ptr};
+use core::{
+    mem::{MaybeUninit, offset_of},
+    ptr,
+};
 
 use aya_ebpf::{
     bindings::__sk_buff,
@@ -20,11 +23,6 @@ use crate::{
 /// An skb on its way out, from its link-layer header on.
 pub struct SkbPacket {
     skb: *mut __sk_buff,
-    /// Start of the linear part. Read once: were it read at each use, the compiler would keep the field's address at hand,
-    /// and the verifier refuses reads through a context pointer that was added to.
-    data: usize,
-    /// Its end.
-    end: usize,
 }
 
 /// The verifier does not follow packet pointers further than this (MAX_PACKET_OFF, kernel/bpf/verifier.c), less the
@@ -34,9 +32,35 @@ const MAX_OFFSET: u32 = 0xffff - LADDER_TOP;
 impl SkbPacket {
     /// `skb` is the context of a TC program.
     #[inline(always)]
-    pub fn new(skb: *mut __sk_buff) -> Self {
+    pub const fn new(skb: *mut __sk_buff) -> Self {
+        Self { skb }
+    }
+
+    /// Where the linear part begins and ends, read anew at each use. Kept, the verifier would distinguish all states that
+    /// differ in how much of it was found readable; read in plain Rust, the compiler would keep the address of the field,
+    /// and the verifier refuses reads through a context pointer that was added to.
+    #[inline(always)]
+    fn bounds(&self) -> (usize, usize) {
+        #[cfg(target_arch = "bpf")]
         // SAFETY: the context is valid as long as the program runs.
-        unsafe { Self { skb, data: (*skb).data as usize, end: (*skb).data_end as usize } }
+        unsafe {
+            let (data, end): (usize, usize);
+            core::arch::asm!(
+                "{data} = *(u32 *)({skb} + {data_at})",
+                "{end} = *(u32 *)({skb} + {end_at})",
+                skb = in(reg) self.skb,
+                data = out(reg) data,
+                end = lateout(reg) end,
+                data_at = const offset_of!(__sk_buff, data),
+                end_at = const offset_of!(__sk_buff, data_end),
+            );
+            (data, end)
+        }
+        #[cfg(not(target_arch = "bpf"))]
+        // SAFETY: as above. Never run: other targets only check this crate.
+        unsafe {
+            ((*self.skb).data as usize, (*self.skb).data_end as usize)
+        }
     }
 
     /// Where `len` bytes at `at` lie, if they are in the linear part.
@@ -46,8 +70,9 @@ impl SkbPacket {
         if at > MAX_OFFSET as usize {
             return None;
         }
-        let start = self.data + at;
-        if opaque(start + len as usize) > self.end { None } else { Some(start as *const u8) }
+        let (data, end) = self.bounds();
+        let start = data + at;
+        if opaque(start + len as usize) > end { None } else { Some(start as *const u8) }
     }
 
     #[inline(always)]
@@ -159,8 +184,6 @@ const FAILED: u64 = 1 << 56;
 const LADDER_TOP: u32 = 1472;
 /// The longest piece that older kernels take (their scratchpad, `struct bpf_scratchpad` in net/core/filter.c).
 const SCRATCHPAD: u32 = 512;
-/// A packet has at most so many pieces.
-const MAX_PIECES: u32 = 0x1_0000 / SCRATCHPAD + 1;
 
 /// Sums `len` bytes at `at`. A global function, as [`vxmon_ip`] is.
 #[unsafe(no_mangle)]
@@ -170,7 +193,8 @@ pub extern "C" fn vxmon_sum(skb: *mut __sk_buff, at: u32, len: u32) -> u64 {
     if len > 0xffff || at > 0xffff {
         return FAILED;
     }
-    if at + len > MAX_OFFSET || packet.data + (at + len) as usize > packet.end {
+    let (data, end) = packet.bounds();
+    if at + len > MAX_OFFSET || data + (at + len) as usize > end {
         return sum_copied(skb, at, len);
     }
     let Some(tail) = sum_tail(&packet, at + (len & !63), len & 63) else {
@@ -275,39 +299,46 @@ fn sum_blocks(skb: *mut __sk_buff, at: u32, blocks: u32) -> u64 {
     ladder!(1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23)
 }
 
-/// Sums bytes that are not all in the linear part: copied first.
+/// Sums bytes that are not all in the linear part.
 #[inline(never)]
 fn sum_copied(skb: *mut __sk_buff, at: u32, len: u32) -> u64 {
+    if setting(|config| &config.csum_chunk) >= COPY_LEN as u32 {
+        sum_by_copies::<{ COPY_LEN as u32 }>(skb, at, len)
+    } else {
+        sum_by_copies::<SCRATCHPAD>(skb, at, len)
+    }
+}
+
+/// Copies the bytes and sums the copies, `PIECE` bytes at a time.
+#[inline(always)]
+fn sum_by_copies<const PIECE: u32>(skb: *mut __sk_buff, at: u32, len: u32) -> u64 {
     let Some(copy) = COPY.get_ptr_mut(0) else {
         return FAILED;
     };
     let copy = copy.cast::<u8>();
-    let chunk = setting(|config| &config.csum_chunk);
     let mut sum = 0;
     let mut at = at;
     let mut left = len;
-    for _ in 0..MAX_PIECES {
+    for _ in 0..=0x1_0000 / PIECE {
         if left == 0 {
             return sum;
         }
-        let most = if chunk >= COPY_LEN as u32 { COPY_LEN as u32 } else { SCRATCHPAD };
-        let piece = left.min(most);
-        if piece == 0 || piece > COPY_LEN as u32 {
+        let piece = opaque(left.min(PIECE) as usize);
+        if piece == 0 || piece > PIECE as usize {
             return FAILED;
         }
         // SAFETY: the copy has room for COPY_LEN bytes and four of padding, and `piece` is at most COPY_LEN.
-        let piece_sum = unsafe {
-            if bpf_skb_load_bytes(skb.cast(), at, copy.cast(), piece) != 0 {
+        sum += unsafe {
+            if bpf_skb_load_bytes(skb.cast(), at, copy.cast(), piece as u32) != 0 {
                 return FAILED;
             }
             for n in 0..3 {
-                *copy.add(piece as usize + n) = 0;
+                *copy.add(piece + n) = 0;
             }
-            csum_diff(copy, (piece + 3) & !3)
+            csum_diff(copy, (piece as u32 + 3) & !3)
         };
-        sum += piece_sum;
-        at += piece;
-        left -= piece;
+        at += piece as u32;
+        left -= piece as u32;
     }
     FAILED
 }

@@ -1,0 +1,17 @@
+//! vxmon: finds VXLAN packets whose checksum the kernel got wrong, and says which connection and which NAT did it.
+//!
+//! # Layout
+//! ```text
+//! cli/        one file for each verb
+//! source/     where observations come from: the TC programs
+//! netlink/    the kernel's wire formats: links, addresses, routes, tc, conntrack
+//! devices     which devices to watch
+//! attribute/  the sections of an anomaly that the packet itself does not hold: its conntrack entry, the cause
+//! event       the schema vxmon.event/1
+//! sink/       text and JSON
+//! ```
+//! Arrows go one way: source, attribute, sink. Sinks never ask the kernel.
+
+pub mod devices;
+pub mod netlink;
+pub mod source;

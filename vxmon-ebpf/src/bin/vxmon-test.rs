@@ -13,6 +13,7 @@ use aya_ebpf::{bindings::__sk_buff, macros::{classifier, map}, maps::Array, prog
 use vxmon_common::{
     config::port_flag,
     judge::{self, Found, Outcome, Skb, State, Surroundings},
+    packet::Ip,
 };
 use vxmon_ebpf::{TC_ACT_UNSPEC, maps::PORTS, meta, skb::SkbPacket, watch};
 
@@ -78,30 +79,41 @@ impl Surroundings for HandedIn {
     }
 }
 
+/// Writes one word of the result. Volatile: merged, the writes would read registers that were never set, which the
+/// compiler may do and the verifier refuses.
 #[inline(always)]
-fn tell(found: Option<Found>) {
-    let Some(result) = RESULT.get_ptr_mut(0) else {
-        return;
-    };
-    let (kind, number, seen, expected, l4) = match found {
-        None => (0, 0, 0, None, 0),
-        Some(Found { ip, outcome }) => match outcome {
-            Outcome::Other => (1, 0, 0, None, ip.l4),
-            Outcome::Unverified(reason) => (2, reason as u32, 0, None, ip.l4),
-            Outcome::Judged(finding) => (3, finding.verdict as u32, finding.seen, finding.expected, ip.l4),
-        },
-    };
-    // SAFETY: the map's value.
-    unsafe {
-        (*result)[0] = kind;
-        (*result)[1] = number;
-        (*result)[2] = u32::from(seen);
-        (*result)[3] = match expected {
-            Some(expected) => u32::from(expected),
-            None => 0,
-        };
-        (*result)[4] = expected.is_some() as u32;
-        (*result)[5] = l4;
+fn put(n: usize, value: u32) {
+    if let Some(result) = RESULT.get_ptr_mut(0) {
+        // SAFETY: the map's value; `n` is below 6.
+        unsafe { (&raw mut (*result)[n]).write_volatile(value) }
+    }
+}
+
+#[inline(always)]
+fn clear() {
+    for n in 0..6 {
+        put(n, 0);
+    }
+}
+
+#[inline(always)]
+fn tell(ip: &Ip, outcome: &Outcome) {
+    put(5, ip.l4);
+    match outcome {
+        Outcome::Other => put(0, 1),
+        Outcome::Unverified(reason) => {
+            put(1, *reason as u32);
+            put(0, 2);
+        }
+        Outcome::Judged(finding) => {
+            put(1, finding.verdict as u32);
+            put(2, u32::from(finding.seen));
+            if let Some(expected) = finding.expected {
+                put(3, u32::from(expected));
+                put(4, 1);
+            }
+            put(0, 3);
+        }
     }
 }
 
@@ -109,7 +121,11 @@ fn tell(found: Option<Found>) {
 #[classifier]
 pub fn judge_uplink(ctx: TcContext) -> i32 {
     let skb = ctx.skb.skb;
-    tell(judge::uplink(&SkbPacket::new(skb), &HandedIn { skb }, None));
+    clear();
+    let (packet, surroundings) = (SkbPacket::new(skb), HandedIn { skb });
+    if let Some(ip) = judge::tunnel(&packet, &surroundings, None) {
+        tell(&ip, &judge::outer(&packet, &surroundings, &ip));
+    }
     TC_ACT_UNSPEC
 }
 
@@ -117,7 +133,10 @@ pub fn judge_uplink(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn judge_vxlan(ctx: TcContext) -> i32 {
     let skb = ctx.skb.skb;
-    tell(judge::vxlan_device(&SkbPacket::new(skb), &HandedIn { skb }, None));
+    clear();
+    if let Some(Found { ip, outcome }) = judge::vxlan_device(&SkbPacket::new(skb), &HandedIn { skb }, None) {
+        tell(&ip, &outcome);
+    }
     TC_ACT_UNSPEC
 }
 
