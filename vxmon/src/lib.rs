@@ -3,6 +3,7 @@
 //! # Layout
 //! ```text
 //! cli/        one file for each verb
+//! monitor     the daemon's loop
 //! source/     where observations come from: the TC programs
 //! netlink/    the kernel's wire formats: links, addresses, routes, tc, conntrack
 //! devices     which devices to watch
@@ -12,6 +13,11 @@
 //! ```
 //! Arrows go one way: source, attribute, sink. Sinks never ask the kernel.
 
+pub mod attribute;
+pub mod cli;
 pub mod devices;
+pub mod event;
+pub mod monitor;
 pub mod netlink;
+pub mod sink;
 pub mod source;

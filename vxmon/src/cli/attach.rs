@@ -1,0 +1,172 @@
+//! `vxmon attach`: flags to settings, and the way in and out. The watching itself is [`crate::monitor`].
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use clap::ValueEnum;
+use nix::sched::{CloneFlags, setns};
+
+use super::{privilege, say};
+use crate::{
+    attribute::ConntrackSource,
+    devices::Selection,
+    monitor::{self, Settings},
+    sink::Format,
+    source::tc::Hook,
+};
+
+/// Flags of `attach`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Devices to watch; without any, every VXLAN device and the uplinks its packets leave by, as they come and go.
+    #[arg(value_name = "IFACE")]
+    devices: Vec<String>,
+    /// A UDP port of tunnel packets, beside 4789, 8472 and those of the VXLAN devices. May be repeated.
+    #[arg(long = "port", value_name = "P", value_parser = clap::value_parser!(u16).range(1..))]
+    ports: Vec<u16>,
+    /// Sum the whole payload of only one in N packets that need it; the others count as unverified (sampled).
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    sample: u32,
+    /// How to write events.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    format: Format,
+    /// Write events to this file instead of standard output.
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// End after this time: 30s, 5m, 1h30m.
+    #[arg(long, value_name = "T", value_parser = duration)]
+    duration: Option<Duration>,
+    /// End after this many anomalies were reported.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    count: Option<u64>,
+    /// Watch the network namespace at this path, for instance /proc/PID/ns/net or /run/netns/NAME.
+    #[arg(long, value_name = "PATH")]
+    netns: Option<PathBuf>,
+    /// Exit with 1 if an anomaly was seen.
+    #[arg(long)]
+    exit_code: bool,
+    /// How to attach: tcx links (Linux 6.6), or filters in the clsact qdisc.
+    #[arg(long, value_enum, default_value_t = HookArg::Auto)]
+    hook: HookArg,
+    /// Where to take conntrack entries from.
+    #[arg(long, value_enum, default_value_t = ConntrackArg::Auto, hide = true)]
+    conntrack: ConntrackArg,
+    /// Do as if the kernel had no BTF: judge without the skb's metadata.
+    #[arg(long, hide = true)]
+    no_btf: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum HookArg {
+    /// tcx if the kernel has it, else clsact.
+    Auto,
+    /// tcx links.
+    Tcx,
+    /// The clsact qdisc.
+    Clsact,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ConntrackArg {
+    Auto,
+    Skb,
+    Netlink,
+}
+
+/// A duration as people write it.
+fn duration(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse::<u64>().ok().map(Duration::from_secs);
+    let parsed = seconds.or_else(|| text.parse::<jiff::SignedDuration>().ok().and_then(|d| d.try_into().ok()));
+    match parsed {
+        Some(duration) if duration > Duration::ZERO => Ok(duration),
+        _ => Err("not a duration such as 30s, 5m or 1h30m".to_owned()),
+    }
+}
+
+/// Runs `attach`.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    privilege::check()?;
+    let output = open_output(args)?;
+    if let Some(path) = &args.netns {
+        enter(path)?;
+    }
+    let settings = Settings {
+        selection: if args.devices.is_empty() {
+            Selection::Auto
+        } else {
+            Selection::Named(args.devices.clone())
+        },
+        ports: args.ports.clone(),
+        sample: args.sample,
+        format: args.format,
+        duration: args.duration,
+        count: args.count,
+        hook: match args.hook {
+            HookArg::Auto => Hook::Auto,
+            HookArg::Tcx => Hook::Tcx,
+            HookArg::Clsact => Hook::Clsact,
+        },
+        conntrack: match args.conntrack {
+            ConntrackArg::Auto => ConntrackSource::Auto,
+            ConntrackArg::Skb => ConntrackSource::Skb,
+            ConntrackArg::Netlink => ConntrackSource::Netlink,
+        },
+        btf: !args.no_btf,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the asynchronous runtime")?;
+    let anomalies = runtime.block_on(monitor::run(settings, output, &say))?;
+    Ok(if args.exit_code && anomalies > 0 { ExitCode::from(1) } else { ExitCode::SUCCESS })
+}
+
+fn open_output(args: &Args) -> Result<Box<dyn Write + Send>> {
+    match &args.output {
+        None => Ok(Box::new(io::stdout())),
+        Some(path) => {
+            let file: File = OpenOptions::new()
+                .create(true)
+                .write(true)
+                .truncate(true)
+                .open(path)
+                .with_context(|| format!("cannot write to {}", path.display()))?;
+            Ok(Box::new(file))
+        }
+    }
+}
+
+/// Moves this thread, before any other is started, to another network namespace.
+fn enter(path: &PathBuf) -> Result<()> {
+    let file = File::open(path).with_context(|| format!("cannot open the network namespace {}", path.display()))?;
+    if let Err(errno) = setns(&file, CloneFlags::CLONE_NEWNET) {
+        bail!(
+            "cannot enter {}: {} (a network namespace? try /proc/PID/ns/net or /run/netns/NAME)",
+            path.display(),
+            errno.desc()
+        );
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_as_people_write_them() {
+        assert_eq!(duration("30s"), Ok(Duration::from_secs(30)));
+        assert_eq!(duration("1h30m"), Ok(Duration::from_secs(5400)));
+        assert_eq!(duration("45"), Ok(Duration::from_secs(45)));
+        assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
+        for bad in ["", "0s", "-5s", "soon", "5 parsecs"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+}

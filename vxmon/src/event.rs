@@ -1,0 +1,285 @@
+//! The schema `vxmon.event/1`: what `attach` says, one JSON object a line. Names and formats are a contract with users'
+//! scripts; `docs/event.schema.json` is made from these types. Only data: nothing here computes or prints.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::Serialize;
+
+/// Name and version of the schema.
+pub const SCHEMA: &str = "vxmon.event/1";
+
+/// One line.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub struct Line {
+    /// Always `vxmon.event/1`. A change that could break a reader makes it `/2`.
+    pub schema: &'static str,
+    /// What happened.
+    #[serde(flatten)]
+    pub record: Record,
+}
+
+impl From<Record> for Line {
+    fn from(record: Record) -> Self {
+        Self { schema: SCHEMA, record }
+    }
+}
+
+/// What happened.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum Record {
+    /// A packet with a wrong checksum.
+    Anomaly(Box<Anomaly>),
+    /// A device is watched from now on.
+    Attached(Attached),
+    /// A device is no longer watched.
+    Detached(Detached),
+    /// Anomalies were counted but could not be reported.
+    Lost(Lost),
+    /// The last line: everything that was seen.
+    Summary(Summary),
+}
+
+/// A packet with a wrong checksum.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub struct Anomaly {
+    /// When the packet left, RFC 3339, UTC, microseconds.
+    pub ts: String,
+    /// Host name of the node.
+    pub node: String,
+    /// Device by which it left.
+    pub dev: String,
+    /// The device's index.
+    pub ifindex: u32,
+    /// `uplink` or `vxlan`.
+    pub role: &'static str,
+    /// `nat-mangled-zero`, `nat-stale-port`, `bad-outer`, `bad-inner`, `zero-outer-v6` or `malformed`.
+    pub verdict: &'static str,
+    /// The checksum.
+    pub csum: Csum,
+    /// The outer packet's UDP endpoints; null on a VXLAN device, where there is no outer packet yet.
+    pub outer: Option<Endpoints>,
+    /// The VXLAN network identifier.
+    pub vni: Option<u32>,
+    /// The packet inside.
+    pub inner: Option<Inner>,
+    /// `skb->mark`, hexadecimal.
+    pub mark: String,
+    /// The outer packet's conntrack entry.
+    pub ct: Option<Ct>,
+    /// The NAT that rewrote the outer packet.
+    pub nat: Option<Nat>,
+    /// Why the checksum is wrong.
+    pub cause: Option<Cause>,
+    /// The outer flow's story so far.
+    pub flow: Option<Flow>,
+    /// Anomalies of the same flow since the last one reported, counted but not reported.
+    pub suppressed: u64,
+    /// Sections that are null, and why.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub missing: BTreeMap<&'static str, String>,
+}
+
+/// A checksum field. Values are hexadecimal, in network order.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub struct Csum {
+    /// What the field holds.
+    pub seen: String,
+    /// What it should hold; null where no one value is right.
+    pub expected: Option<String>,
+    /// `skb->ip_summed`: `none`, `unnecessary`, `complete`, `partial`, or `unknown`.
+    pub state: &'static str,
+    /// Where the checksum that is filled in later starts, bytes from the packet's first byte; null unless partial.
+    pub start: Option<u32>,
+    /// Payload bytes of each segment of a packet that is segmented later; 0 otherwise.
+    pub gso_size: u32,
+}
+
+/// Addresses and ports of one packet or direction.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct Endpoints {
+    /// Source address.
+    pub src: String,
+    /// Source port.
+    pub sport: u16,
+    /// Destination address.
+    pub dst: String,
+    /// Destination port.
+    pub dport: u16,
+}
+
+/// The packet inside the tunnel packet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct Inner {
+    /// `tcp`, `udp`, `icmp`, `icmpv6`, or the protocol's number.
+    pub proto: String,
+    /// Source address.
+    pub src: String,
+    /// Source port, if the protocol has ports.
+    pub sport: Option<u16>,
+    /// Destination address.
+    pub dst: String,
+    /// Destination port.
+    pub dport: Option<u16>,
+    /// TCP flags as tcpdump writes them: `S`, `S.`, `P.`, `F.`, `R`, …
+    pub flags: Option<String>,
+    /// TCP sequence number.
+    pub seq: Option<u32>,
+}
+
+/// A conntrack entry.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct Ct {
+    /// The original direction, before NAT.
+    pub orig: Endpoints,
+    /// The reply direction: what answers to the packet after NAT look like.
+    pub reply: Endpoints,
+    /// Status bits by name (`IPS_*`).
+    pub status: Vec<&'static str>,
+    /// `skb`: read from the packet itself; `netlink`: looked up after it.
+    pub source: &'static str,
+}
+
+/// The NAT of the outer packet.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub struct Nat {
+    /// How it is known that `--random-fully` chose the port: `observed`, `rule`, `port-rewritten`, `no` or `unknown`.
+    pub random_fully: &'static str,
+    /// The rule, as one would type it.
+    pub rule: Option<String>,
+    /// Where the rule lives: `iptables-legacy`, `iptables-nft` or `nftables`.
+    pub backend: Option<&'static str>,
+}
+
+/// Why the checksum is wrong.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub struct Cause {
+    /// The value that the fault leaves, computed from the conntrack entry alone, hexadecimal, network order.
+    pub predicted: Option<String>,
+    /// The predicted value is the one seen.
+    pub proved: bool,
+}
+
+/// An outer flow's story.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub struct Flow {
+    /// The how-manieth bad packet of this outer flow it is.
+    pub attempt: u64,
+    /// Milliseconds since the first one that was reported.
+    pub since_first_ms: u64,
+}
+
+/// A device is watched.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub struct Attached {
+    /// Since when, RFC 3339, UTC.
+    pub ts: String,
+    /// Host name of the node.
+    pub node: String,
+    /// The device.
+    pub dev: String,
+    /// Its index.
+    pub ifindex: u32,
+    /// `uplink` or `vxlan`.
+    pub role: &'static str,
+    /// Why it is watched.
+    pub why: Vec<String>,
+    /// How the program is attached: `tcx` or `clsact`.
+    pub hook: &'static str,
+    /// Where the checksum's state is known from: `skb`, or `none`, where any consistent reading is accepted.
+    pub metadata: &'static str,
+}
+
+/// A device is no longer watched.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub struct Detached {
+    /// Since when, RFC 3339, UTC.
+    pub ts: String,
+    /// Host name of the node.
+    pub node: String,
+    /// The device.
+    pub dev: String,
+    /// Its index.
+    pub ifindex: u32,
+    /// Why.
+    pub why: &'static str,
+}
+
+/// Anomalies that were counted but could not be reported.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct Lost {
+    /// When it was noticed, RFC 3339, UTC.
+    pub ts: String,
+    /// Host name of the node.
+    pub node: String,
+    /// Since the last such line: not sent by the kernel program, the ring buffer being full.
+    pub ring: u64,
+    /// Since the last such line: not written, the reader of the output being slow.
+    pub queue: u64,
+}
+
+/// Everything that was seen.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub struct Summary {
+    /// When, RFC 3339, UTC.
+    pub ts: String,
+    /// Host name of the node.
+    pub node: String,
+    /// Of all devices together. A packet that passes an uplink was, as a frame, also seen by its VXLAN device.
+    pub packets: Packets,
+    /// By device.
+    pub devices: Vec<DeviceSummary>,
+    /// How long it was watched, seconds.
+    pub seconds: f64,
+}
+
+/// What one device did.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub struct DeviceSummary {
+    /// The device.
+    pub dev: String,
+    /// Its index; a device made anew has another one, and a line of its own.
+    pub ifindex: u32,
+    /// `uplink` or `vxlan`.
+    pub role: &'static str,
+    /// What it sent.
+    pub packets: Packets,
+}
+
+/// Packets by what came of them. `verdicts` and `unverified` add up to `seen`.
+#[derive(Clone, Debug, Default, Serialize, JsonSchema)]
+pub struct Packets {
+    /// VXLAN packets on uplinks, and on VXLAN devices frames with a checksum that vxmon knows.
+    pub seen: u64,
+    /// Everything else that passed.
+    pub other: u64,
+    /// Packets that a device stacked on this one had counted already; not in `seen`.
+    pub counted_above: u64,
+    /// Packets by verdict.
+    pub verdicts: BTreeMap<&'static str, u64>,
+    /// Packets that could not be judged, by reason.
+    pub unverified: BTreeMap<&'static str, u64>,
+    /// Anomalies by what became of them; with `lost` they add up to the anomalies among the verdicts.
+    pub anomalies: Anomalies,
+    /// Anomalies counted above that were lost on the way, by stage.
+    pub lost: LostByStage,
+}
+
+/// Anomalies by what became of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct Anomalies {
+    /// Reported, each by a line.
+    pub reported: u64,
+    /// Counted with the next report of the same flow, as repeats within a second.
+    pub suppressed: u64,
+}
+
+/// Anomalies lost on the way.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct LostByStage {
+    /// The ring buffer was full.
+    pub ring: u64,
+    /// The reader of the output was slow, or gone.
+    pub queue: u64,
+}

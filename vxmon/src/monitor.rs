@@ -1,0 +1,541 @@
+//! The daemon's loop: devices come and go, events arrive, counters add up, and at the end comes the summary.
+//!
+//! One thread does all of it but the writing ([`crate::sink::writer`]). Events wait in the ring buffer, which is the only
+//! queue before the output's. Nothing here knows how packets are judged.
+
+use std::{
+    collections::BTreeMap,
+    io::Write,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use aya::maps::{MapData, RingBuf};
+use jiff::{Timestamp, fmt::temporal::DateTimePrinter};
+use nix::time::{ClockId, clock_gettime};
+use tokio::{
+    io::unix::AsyncFd,
+    signal::unix::{SignalKind, signal},
+    time::MissedTickBehavior,
+};
+use vxmon_common::{
+    counters::Counters,
+    judge::{Reason, Verdict},
+};
+
+use crate::{
+    attribute::{Attributor, ConntrackSource, decode},
+    devices::{Plan, Selection, Snapshot, Watch, plan},
+    event::{
+        Anomalies, Attached, Detached, DeviceSummary, Line, Lost, LostByStage, Packets, Record, Summary,
+    },
+    netlink::{
+        monitor::{Changes, Monitor, Pace},
+        socket::{Protocol, Socket},
+    },
+    sink::{Format, render, writer::Writer},
+    source::{
+        btf::Layout,
+        clsact,
+        tc::{Attachment, Hook, Tc, TcError},
+    },
+};
+
+/// What `attach` was asked to do.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Which devices.
+    pub selection: Selection,
+    /// More UDP ports of tunnel packets, host byte order.
+    pub ports: Vec<u16>,
+    /// Sum the payload of one in so many packets.
+    pub sample: u32,
+    /// How to write events.
+    pub format: Format,
+    /// When to end.
+    pub duration: Option<Duration>,
+    /// After how many reported anomalies to end.
+    pub count: Option<u64>,
+    /// How to attach.
+    pub hook: Hook,
+    /// Where conntrack entries come from.
+    pub conntrack: ConntrackSource,
+    /// Whether to use the kernel's BTF.
+    pub btf: bool,
+}
+
+/// UDP ports of VXLAN: IANA's, and Linux's own from before there was one, which flannel uses.
+const WELL_KNOWN_PORTS: [u16; 2] = [4789, 8472];
+/// How often losses are looked for.
+const TICK: Duration = Duration::from_secs(1);
+/// Events handled before anything else gets its turn.
+const BATCH: usize = 256;
+/// How long a slow reader of the output is waited for at the end.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a device is tried again that could not be attached to.
+const RETRY: Duration = Duration::from_millis(250);
+
+/// Watches until told to end; how many anomalies were seen.
+pub async fn run(settings: Settings, output: Box<dyn Write + Send>, say: &dyn Fn(&str)) -> Result<u64> {
+    let mut daemon = Daemon::start(settings, output, say)?;
+    daemon.follow(None)?;
+    daemon.first_words();
+    daemon.watch().await?;
+    daemon.finish()
+}
+
+/// What a device that is no longer watched has sent.
+struct Past {
+    watch: Watch,
+    counters: Counters,
+}
+
+struct Daemon<'a> {
+    settings: Settings,
+    say: &'a dyn Fn(&str),
+    node: String,
+    tc: Tc,
+    events: Option<AsyncFd<RingBuf<MapData>>>,
+    monitor: Monitor,
+    route: Socket,
+    attributor: Attributor,
+    writer: Option<Writer>,
+    broken: crate::sink::writer::Broken,
+    metadata: &'static str,
+    past: Vec<Past>,
+    /// By device: anomalies that the kernel program counted under one verdict and that turned out to be of another.
+    renamed: BTreeMap<(u32, Verdict, Verdict), u64>,
+    reported: BTreeMap<u32, u64>,
+    lost_queue: BTreeMap<u32, u64>,
+    told_lost: (u64, u64),
+    /// Devices that could not be attached to, so that each is complained of once.
+    failed: BTreeMap<String, String>,
+    told_notes: Vec<String>,
+    waiting: bool,
+    started: Instant,
+    names: BTreeMap<u32, String>,
+}
+
+impl<'a> Daemon<'a> {
+    fn start(settings: Settings, output: Box<dyn Write + Send>, say: &'a dyn Fn(&str)) -> Result<Self> {
+        // Before the first look at the devices, so that nothing slips through between.
+        let monitor = Monitor::open(Pace::default())?;
+        let route = Socket::open(Protocol::Route)?;
+        let mut layout =
+            if settings.btf { Layout::detect() } else { Layout::without("not used, as asked for") };
+        layout.config.sample = settings.sample;
+        layout.config.csum_chunk = csum_chunk();
+        if settings.conntrack == ConntrackSource::Netlink {
+            layout.config.has_conntrack = 0;
+        }
+        if let Err(error) = &layout.skb {
+            say(&format!(
+                "vxmon: without the skb's metadata ({error}), so any checksum that is right by some reading is accepted"
+            ));
+        } else if let Err(error) = &layout.conntrack {
+            say(&format!("vxmon: conntrack entries are looked up by netlink ({error})"));
+        }
+        for device in clsact::remove_leftovers()? {
+            say(&format!("vxmon: removed from {device} what a vxmon that was killed had left there"));
+        }
+        let mut tc = Tc::load(&layout, settings.hook).with_context(kernel_needs)?;
+        let events = AsyncFd::new(tc.events()?).context("cannot wait for events")?;
+        let (writer, broken) = Writer::start(output).context("cannot start the output thread")?;
+        let node = nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        Ok(Self {
+            attributor: Attributor::new(node.clone(), settings.conntrack),
+            metadata: if layout.skb.is_ok() { "skb" } else { "none" },
+            settings,
+            say,
+            node,
+            tc,
+            events: Some(events),
+            monitor,
+            route,
+            writer: Some(writer),
+            broken,
+            past: Vec::new(),
+            renamed: BTreeMap::new(),
+            reported: BTreeMap::new(),
+            lost_queue: BTreeMap::new(),
+            told_lost: (0, 0),
+            failed: BTreeMap::new(),
+            told_notes: Vec::new(),
+            waiting: false,
+            started: Instant::now(),
+            names: BTreeMap::new(),
+        })
+    }
+
+    /// Looks at the namespace's devices, and attaches to and detaches from them as needed.
+    fn follow(&mut self, changes: Option<&Changes>) -> Result<()> {
+        let first = changes.is_none();
+        let snapshot = match Snapshot::take_from(&mut self.route) {
+            Ok(snapshot) => snapshot,
+            Err(error) if first => return Err(error.into()),
+            Err(error) => {
+                (self.say)(&format!("vxmon: {error}; what is watched stays as it is"));
+                return Ok(());
+            }
+        };
+        let plan = plan(&snapshot, &self.settings.selection);
+        if first && !plan.missing.is_empty() {
+            let names: Vec<&str> = snapshot.links.iter().map(|link| link.name.as_str()).collect();
+            bail!(
+                "no device named {} in this network namespace; there {}: {}",
+                plan.missing.join(", "),
+                if names.len() == 1 { "is" } else { "are" },
+                names.join(", ")
+            );
+        }
+        self.detach_gone(&plan, changes)?;
+        self.set_ports(&plan)?;
+        // Upper devices first: what passes a lower one meanwhile is then counted once, not twice.
+        let mut wanted: Vec<&Watch> = plan.watches.iter().collect();
+        wanted.sort_by_key(|watch| watch.above.len());
+        for watch in wanted {
+            match self.tc.device(watch.ifindex) {
+                Some(known) if known == watch => {}
+                Some(_) => self.tc.update(watch)?,
+                None => self.attach(watch, first)?,
+            }
+        }
+        for note in &plan.notes {
+            if !self.told_notes.contains(note) {
+                (self.say)(&format!("vxmon: {note}"));
+            }
+        }
+        self.told_notes = plan.notes.clone();
+        let nothing = plan.vxlans.is_empty() && self.settings.selection == Selection::Auto;
+        if nothing && !self.waiting {
+            (self.say)(&format!(
+                "vxmon: no VXLAN device in this network namespace (looked at {}); waiting for one, Ctrl-C ends",
+                plan.looked_at
+            ));
+        }
+        self.waiting = nothing;
+        Ok(())
+    }
+
+    fn set_ports(&mut self, plan: &Plan) -> Result<(), TcError> {
+        let mut ports = plan.ports.clone();
+        for port in WELL_KNOWN_PORTS.iter().chain(&self.settings.ports) {
+            ports.entry(*port).or_insert(false);
+        }
+        self.tc.set_ports(&ports)
+    }
+
+    fn detach_gone(&mut self, plan: &Plan, changes: Option<&Changes>) -> Result<()> {
+        let watched: Vec<Watch> = self.tc.watched().cloned().collect();
+        for watch in watched {
+            let removed = changes.is_some_and(|changes| changes.removed.contains(&watch.ifindex));
+            let wanted = plan.watches.iter().find(|wanted| wanted.ifindex == watch.ifindex);
+            let why = match wanted {
+                _ if removed => "it was removed",
+                None => "no VXLAN packets leave by it any more, or it is gone",
+                Some(wanted) if wanted.role != watch.role || wanted.l2 != watch.l2 => "its kind changed",
+                Some(_) => continue,
+            };
+            let counters = self.tc.detach(watch.ifindex)?;
+            self.write(Record::Detached(Detached {
+                ts: now(),
+                node: self.node.clone(),
+                dev: watch.name.clone(),
+                ifindex: watch.ifindex,
+                why,
+            }));
+            self.past.push(Past { watch, counters });
+        }
+        Ok(())
+    }
+
+    fn attach(&mut self, watch: &Watch, first: bool) -> Result<()> {
+        let attachment = match self.tc.attach(watch) {
+            Ok(attachment) => attachment,
+            // A device the user named must be watched; one that was found may have vanished again.
+            Err(error) if first && matches!(self.settings.selection, Selection::Named(_)) => return Err(error.into()),
+            Err(error) => {
+                let text = error.to_string();
+                if self.failed.get(&watch.name) != Some(&text) {
+                    (self.say)(&format!("vxmon: {text}"));
+                    self.failed.insert(watch.name.clone(), text);
+                }
+                return Ok(());
+            }
+        };
+        self.failed.remove(&watch.name);
+        self.names.insert(watch.ifindex, watch.name.clone());
+        self.write(Record::Attached(Attached {
+            ts: now(),
+            node: self.node.clone(),
+            dev: watch.name.clone(),
+            ifindex: watch.ifindex,
+            role: watch.role.as_str(),
+            why: watch.why.clone(),
+            hook: Attachment::as_str(attachment),
+            metadata: self.metadata,
+        }));
+        Ok(())
+    }
+
+    fn first_words(&self) {
+        let names: Vec<&str> = self.tc.watched().map(|watch| watch.name.as_str()).collect();
+        if !names.is_empty() {
+            (self.say)(&format!("vxmon: watching {}; Ctrl-C ends", names.join(", ")));
+        }
+    }
+
+    /// Until told to end.
+    async fn watch(&mut self) -> Result<()> {
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+        let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
+        let mut hangup = signal(SignalKind::hangup()).context("cannot handle SIGHUP")?;
+        let until = self.settings.duration.map(|duration| tokio::time::Instant::from_std(self.started) + duration);
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let Some(mut events) = self.events.take() else {
+            bail!("the events are being read already");
+        };
+        loop {
+            tokio::select! {
+                _ = interrupt.recv() => break,
+                _ = terminate.recv() => break,
+                _ = hangup.recv() => break,
+                () = at(until) => break,
+                error = &mut self.broken => match error {
+                    // Who reads the output has seen enough.
+                    Ok(error) if error.kind() == std::io::ErrorKind::BrokenPipe => break,
+                    Ok(error) => return Err(error).context("cannot write the output"),
+                    Err(_) => break,
+                },
+                ready = events.readable_mut() => {
+                    let mut ready = ready.context("cannot wait for events")?;
+                    let (drained, enough) = self.drain(ready.get_inner_mut());
+                    if drained {
+                        ready.clear_ready();
+                    }
+                    if enough {
+                        break;
+                    }
+                }
+                changes = self.monitor.changed() => {
+                    let changes = changes?;
+                    self.follow(Some(&changes))?;
+                }
+                () = retry(!self.failed.is_empty()) => self.follow(Some(&Changes::default()))?,
+                _ = tick.tick() => self.tell_lost()?,
+            }
+        }
+        // What the kernel sent before it was told to stop is still reported.
+        if !self.enough() {
+            while !self.drain(events.get_mut()).0 {}
+        }
+        Ok(())
+    }
+
+    fn enough(&self) -> bool {
+        self.settings.count.is_some_and(|count| self.reported.values().sum::<u64>() >= count)
+    }
+
+    /// Handles waiting events; whether none is left, and whether that was enough.
+    fn drain(&mut self, ring: &mut RingBuf<MapData>) -> (bool, bool) {
+        for _ in 0..BATCH {
+            let Some(item) = ring.next() else {
+                return (true, false);
+            };
+            let decoded = decode(&item);
+            drop(item);
+            match decoded {
+                Ok(decoded) => self.report(&decoded),
+                Err(error) => log::error!("from the ring buffer: {error}"),
+            }
+            if self.enough() {
+                return (true, true);
+            }
+        }
+        (false, false)
+    }
+
+    fn report(&mut self, decoded: &crate::attribute::Decoded) {
+        let ifindex = decoded.event.ifindex;
+        let device = self.names.get(&ifindex).cloned().unwrap_or_else(|| format!("if{ifindex}"));
+        let attributed = self.attributor.attribute(decoded, &device, wall_clock(decoded.event.time_ns));
+        if attributed.verdict != attributed.counted {
+            let packets = 1 + attributed.anomaly.suppressed;
+            *self.renamed.entry((ifindex, attributed.counted, attributed.verdict)).or_default() += packets;
+        }
+        if self.write(Record::Anomaly(Box::new(attributed.anomaly))) {
+            *self.reported.entry(ifindex).or_default() += 1;
+        } else {
+            *self.lost_queue.entry(ifindex).or_default() += 1;
+        }
+    }
+
+    fn write(&mut self, record: Record) -> bool {
+        let line = render(self.settings.format, &Line::from(record));
+        self.writer.as_mut().is_some_and(|writer| writer.line(line))
+    }
+
+    fn lost(&self) -> Result<(u64, u64), TcError> {
+        let mut ring: u64 = self.past.iter().map(|past| past.counters.lost_ring).sum();
+        for watch in self.tc.watched() {
+            ring += self.tc.counters(watch.ifindex)?.lost_ring;
+        }
+        Ok((ring, self.lost_queue.values().sum()))
+    }
+
+    fn tell_lost(&mut self) -> Result<()> {
+        let (ring, queue) = self.lost()?;
+        let (told_ring, told_queue) = self.told_lost;
+        if (ring, queue) != self.told_lost {
+            let lost = Lost {
+                ts: now(),
+                node: self.node.clone(),
+                ring: ring - told_ring,
+                queue: queue - told_queue,
+            };
+            if self.write(Record::Lost(lost)) {
+                self.told_lost = (ring, queue);
+            }
+        }
+        Ok(())
+    }
+
+    /// Detaches, and writes the summary.
+    fn finish(mut self) -> Result<u64> {
+        let watched: Vec<Watch> = self.tc.watched().cloned().collect();
+        for watch in watched {
+            let counters = self.tc.detach(watch.ifindex)?;
+            self.past.push(Past { watch, counters });
+        }
+        self.tell_lost()?;
+        let mut total = Packets::default();
+        let mut anomalies = 0;
+        let mut devices = Vec::new();
+        for Past { watch, counters } in &self.past {
+            anomalies += counters.anomalies();
+            let packets = self.packets(watch.ifindex, counters);
+            add(&mut total, &packets);
+            devices.push(DeviceSummary {
+                dev: watch.name.clone(),
+                ifindex: watch.ifindex,
+                role: watch.role.as_str(),
+                packets,
+            });
+        }
+        let summary = Summary {
+            ts: now(),
+            node: self.node.clone(),
+            packets: total,
+            devices,
+            seconds: (self.started.elapsed().as_secs_f64() * 1000.0).round() / 1000.0,
+        };
+        let line = render(self.settings.format, &Line::from(Record::Summary(summary)));
+        if let Some(writer) = self.writer.take() {
+            writer.finish(line, PATIENCE);
+        }
+        Ok(anomalies)
+    }
+
+    /// A device's counters as the summary shows them.
+    fn packets(&self, ifindex: u32, counters: &Counters) -> Packets {
+        let mut verdicts: BTreeMap<&'static str, u64> =
+            Verdict::ALL.iter().zip(counters.verdicts).map(|(verdict, n)| (verdict.name(), n)).collect();
+        for ((device, from, to), n) in &self.renamed {
+            if *device == ifindex {
+                let moved = (*n).min(verdicts.get(from.name()).copied().unwrap_or(0));
+                *verdicts.entry(from.name()).or_default() -= moved;
+                *verdicts.entry(to.name()).or_default() += moved;
+            }
+        }
+        let of = |map: &BTreeMap<u32, u64>| map.get(&ifindex).copied().unwrap_or(0);
+        Packets {
+            seen: counters.seen(),
+            other: counters.other,
+            counted_above: counters.counted_above,
+            verdicts,
+            unverified: Reason::ALL.iter().zip(counters.unverified).map(|(reason, n)| (reason.name(), n)).collect(),
+            anomalies: Anomalies {
+                reported: of(&self.reported),
+                suppressed: counters.suppressed,
+            },
+            lost: LostByStage {
+                ring: counters.lost_ring,
+                // Also what was sent and never read, because enough was seen.
+                queue: counters.sent.saturating_sub(of(&self.reported)),
+            },
+        }
+    }
+}
+
+fn add(total: &mut Packets, packets: &Packets) {
+    total.seen += packets.seen;
+    total.other += packets.other;
+    total.counted_above += packets.counted_above;
+    for (name, n) in &packets.verdicts {
+        *total.verdicts.entry(name).or_default() += n;
+    }
+    for (name, n) in &packets.unverified {
+        *total.unverified.entry(name).or_default() += n;
+    }
+    total.anomalies.reported += packets.anomalies.reported;
+    total.anomalies.suppressed += packets.anomalies.suppressed;
+    total.lost.ring += packets.lost.ring;
+    total.lost.queue += packets.lost.queue;
+}
+
+async fn at(until: Option<tokio::time::Instant>) {
+    match until {
+        Some(until) => tokio::time::sleep_until(until).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn retry(needed: bool) {
+    if needed {
+        tokio::time::sleep(RETRY).await;
+    } else {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Bytes that `bpf_csum_diff()` takes at once: since 6.13 it sums in place (net/core/filter.c, "bpf_csum_diff: optimize"),
+/// before that by way of a scratchpad of 512 bytes.
+fn csum_chunk() -> u32 {
+    if aya::util::KernelVersion::current().is_ok_and(|version| version >= aya::util::KernelVersion::new(6, 13, 0)) {
+        4096
+    } else {
+        512
+    }
+}
+
+fn kernel_needs() -> String {
+    let release = nix::sys::utsname::uname().map(|uname| uname.release().to_string_lossy().into_owned());
+    format!(
+        "cannot watch on this kernel ({}): attach needs Linux 5.8 or later with CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_BPF, \
+         and no lockdown",
+        release.unwrap_or_else(|_| "unknown release".to_owned())
+    )
+}
+
+fn rfc3339(time: Timestamp) -> String {
+    const PRINTER: DateTimePrinter = DateTimePrinter::new().precision(Some(6));
+    let mut text = String::new();
+    // Writing to a string does not fail.
+    let _ = PRINTER.print_timestamp(&time, &mut text);
+    text
+}
+
+fn now() -> String {
+    rfc3339(Timestamp::now())
+}
+
+/// A time of CLOCK_MONOTONIC (ns) as wall-clock time.
+fn wall_clock(monotonic_ns: u64) -> String {
+    let now = Timestamp::now();
+    let age = clock_gettime(ClockId::CLOCK_MONOTONIC)
+        .map(|now| Duration::from(now).as_nanos() as u64)
+        .unwrap_or(monotonic_ns)
+        .saturating_sub(monotonic_ns);
+    rfc3339(now.checked_sub(Duration::from_nanos(age)).unwrap_or(now))
+}

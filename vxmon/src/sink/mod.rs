@@ -1,0 +1,24 @@
+//! Where events go: text for people, JSON for programs. Sinks only write; they never ask the kernel anything.
+
+pub mod text;
+pub mod writer;
+
+use crate::event::Line;
+
+/// How events are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// One line an event, for people.
+    Text,
+    /// One JSON object a line, schema vxmon.event/1.
+    Json,
+}
+
+/// An event as a line, without its end.
+pub fn render(format: Format, line: &Line) -> String {
+    match format {
+        Format::Text => text::render(&line.record),
+        // Strings, numbers and maps with string keys: nothing that JSON cannot say.
+        Format::Json => serde_json::to_string(line).unwrap_or_default(),
+    }
+}

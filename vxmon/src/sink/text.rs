@@ -1,0 +1,139 @@
+//! Text for people: one line an event.
+
+use std::fmt::Write as _;
+
+use crate::event::{Anomaly, Attached, Detached, Endpoints, Inner, Lost, Packets, Record, Summary};
+
+/// An event as text, without the last line's end.
+pub fn render(record: &Record) -> String {
+    match record {
+        Record::Anomaly(anomaly) => self::anomaly(anomaly),
+        Record::Attached(Attached { ts, dev, role, why, hook, metadata, .. }) => {
+            let blind = if *metadata == "none" { ", without skb metadata" } else { "" };
+            format!("{} {dev} watched as {role} ({}; by {hook}{blind})", time(ts), why.join(", "))
+        }
+        Record::Detached(Detached { ts, dev, why, .. }) => format!("{} {dev} no longer watched: {why}", time(ts)),
+        Record::Lost(Lost { ts, ring, queue, .. }) => {
+            format!("{} {} anomalies counted but not shown (ring buffer {ring}, output {queue})", time(ts), ring + queue)
+        }
+        Record::Summary(summary) => self::summary(summary),
+    }
+}
+
+/// `12:00:54.373945` of an RFC 3339 time stamp.
+fn time(ts: &str) -> &str {
+    ts.split_once('T').map_or(ts, |(_, time)| time).trim_end_matches('Z')
+}
+
+fn end(address: &str, port: u16) -> String {
+    if address.contains(':') { format!("[{address}]:{port}") } else { format!("{address}:{port}") }
+}
+
+fn ends(Endpoints { src, sport, dst, dport }: &Endpoints) -> String {
+    format!("{} > {}", end(src, *sport), end(dst, *dport))
+}
+
+fn inner_text(inner: &Inner) -> String {
+    let side = |address: &str, port: Option<u16>| port.map_or(address.to_owned(), |port| end(address, port));
+    let mut text = format!(
+        "{} {} > {}",
+        inner.proto,
+        side(&inner.src, inner.sport),
+        side(&inner.dst, inner.dport)
+    );
+    if let Some(flags) = &inner.flags {
+        let _ = write!(text, " [{flags}]");
+    }
+    text
+}
+
+fn anomaly(anomaly: &Anomaly) -> String {
+    let mut line = format!("{} {} {}", time(&anomaly.ts), anomaly.dev, anomaly.verdict);
+    if let Some(outer) = &anomaly.outer {
+        let _ = write!(line, " {}", ends(outer));
+    }
+    match &anomaly.csum.expected {
+        Some(expected) => {
+            let _ = write!(line, " checksum {} instead of {expected}", anomaly.csum.seen);
+        }
+        None => {
+            let _ = write!(line, " checksum {}", anomaly.csum.seen);
+        }
+    }
+    if let Some(inner) = &anomaly.inner {
+        match anomaly.vni {
+            Some(vni) => {
+                let _ = write!(line, " | vni {vni} {}", inner_text(inner));
+            }
+            None => {
+                let _ = write!(line, " | {}", inner_text(inner));
+            }
+        }
+    }
+    let _ = write!(line, " | mark {}", anomaly.mark);
+    if let Some(ct) = &anomaly.ct {
+        let after = end(&ct.reply.dst, ct.reply.dport);
+        let _ = write!(line, " | conntrack {} became {after}", end(&ct.orig.src, ct.orig.sport));
+    } else if let Some(why) = anomaly.missing.get("ct") {
+        let _ = write!(line, " | conntrack: {why}");
+    }
+    if let Some(cause) = &anomaly.cause {
+        match (&cause.predicted, cause.proved) {
+            (Some(predicted), true) => {
+                let what = if anomaly.verdict == "nat-mangled-zero" {
+                    "what NAT makes of \"no checksum\""
+                } else {
+                    "right for the packet before NAT"
+                };
+                let _ = write!(line, " | proved: {predicted} is {what}");
+            }
+            (Some(predicted), false) => {
+                let _ = write!(line, " | not proved: NAT would have left {predicted}");
+            }
+            (None, _) => {}
+        }
+    }
+    if anomaly.suppressed > 0 {
+        let _ = write!(line, " | {} more since the last line", anomaly.suppressed);
+    }
+    line
+}
+
+fn counts(packets: &Packets) -> String {
+    let mut parts: Vec<String> =
+        packets.verdicts.iter().filter(|(_, n)| **n > 0).map(|(name, n)| format!("{n} {name}")).collect();
+    parts.extend(packets.unverified.iter().filter(|(_, n)| **n > 0).map(|(name, n)| format!("{n} unverified ({name})")));
+    if parts.is_empty() { String::new() } else { format!(": {}", parts.join(", ")) }
+}
+
+fn summary(summary: &Summary) -> String {
+    let mut text = String::new();
+    for device in &summary.devices {
+        let packets = &device.packets;
+        let _ = writeln!(
+            text,
+            "{} ({}): {} checked{}; {} other packets",
+            device.dev,
+            device.role,
+            packets.seen,
+            counts(packets),
+            packets.other
+        );
+    }
+    let Packets { seen, verdicts, anomalies, lost, .. } = &summary.packets;
+    let bad: u64 = anomalies.reported + anomalies.suppressed + lost.ring + lost.queue;
+    let _ = write!(text, "{seen} packets checked in {:.1} s, {bad} with a wrong checksum", summary.seconds);
+    if lost.ring + lost.queue > 0 {
+        let _ = write!(text, " ({} of them counted but not shown)", lost.ring + lost.queue);
+    }
+    let nat = ["nat-mangled-zero", "nat-stale-port"].iter().filter_map(|name| verdicts.get(name)).sum::<u64>();
+    if nat > 0 {
+        let _ = write!(
+            text,
+            "\nNAT with --random-fully or a changed source port breaks these packets on this node. To stop it now: \
+             ethtool -K <VXLAN device> tx-checksum-ip-generic off. To cure it: kube-proxy rules that clear the mark \
+             (1.16.13, 1.17.9, 1.18.6 or later, and no older rule left in front)."
+        );
+    }
+    text
+}

@@ -1,0 +1,106 @@
+//! The clsact qdisc, for kernels without tcx: others use it too, and what is put there stays when a process is killed.
+//!
+//! So each filter of vxmon says by its handle which running vxmon it belongs to and whether that one made the qdisc, and
+//! each running vxmon holds an abstract Unix socket of its number, which the kernel closes with it. A filter whose number
+//! nobody holds is left over, and the next start removes it; a qdisc goes with it only if vxmon made it and nobody else
+//! uses it. All of it in one network namespace: abstract sockets are per namespace, as filters are.
+
+use std::{
+    io,
+    os::{
+        linux::net::SocketAddrExt as _,
+        unix::net::{SocketAddr, UnixDatagram},
+    },
+};
+
+use vxmon_common::config;
+
+use crate::netlink::{
+    self, link,
+    socket::{Protocol, Socket},
+    tc::{self, Added, Direction},
+};
+
+/// Upper half of the handle of vxmon's filters: "vx".
+const HANDLE_MAJOR: u32 = 0x7678;
+/// Running instances of vxmon in a namespace, at most.
+const INSTANCES: u16 = 256;
+
+/// The number of this running vxmon.
+#[derive(Debug)]
+pub struct Instance {
+    number: u16,
+    /// Held as long as this vxmon runs.
+    _socket: UnixDatagram,
+}
+
+impl Instance {
+    /// Takes the lowest number that is free.
+    pub fn claim() -> io::Result<Self> {
+        let mut last = io::Error::from(io::ErrorKind::AddrInUse);
+        for number in 0..INSTANCES {
+            match hold(number) {
+                Ok(socket) => return Ok(Self { number, _socket: socket }),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    /// The handle of this instance's filters.
+    pub fn handle(&self, made_clsact: bool) -> u32 {
+        HANDLE_MAJOR << 16 | u32::from(self.number) << 1 | u32::from(made_clsact)
+    }
+}
+
+fn hold(number: u16) -> io::Result<UnixDatagram> {
+    UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(format!("vxmon/clsact/{number}"))?)
+}
+
+/// Makes sure the device has a clsact qdisc; whether it was made now.
+pub fn prepare(ifindex: u32) -> Result<bool, netlink::Error> {
+    let mut socket = Socket::open(Protocol::Route)?;
+    Ok(matches!(tc::clsact_add(&mut socket, ifindex)?, Added::Created))
+}
+
+/// Removes the qdisc that vxmon made, unless it is in use by others by now.
+pub fn tidy(ifindex: u32, made_clsact: bool) {
+    if !made_clsact {
+        return;
+    }
+    let removed =
+        Socket::open(Protocol::Route).and_then(|mut socket| tc::clsact_del_if_unused(&mut socket, ifindex));
+    if let Err(error) = removed {
+        log::debug!("clsact of device {ifindex}: {error}"); // a device that has vanished took it along
+    }
+}
+
+/// Removes what killed instances left in this namespace; the devices concerned, by name.
+pub fn remove_leftovers() -> Result<Vec<String>, netlink::Error> {
+    let mut socket = Socket::open(Protocol::Route)?;
+    let mut cleaned = Vec::new();
+    for link in link::links(&mut socket)? {
+        if !tc::clsact_exists(&mut socket, link.ifindex)? {
+            continue;
+        }
+        let filters = tc::filters(&mut socket, link.ifindex, Direction::Egress)?;
+        for filter in filters {
+            let ours = filter.handle >> 16 == HANDLE_MAJOR
+                && matches!(filter.name.as_deref(), Some(config::UPLINK_PROGRAM | config::VXLAN_PROGRAM));
+            if !ours {
+                continue;
+            }
+            // Whoever holds the number is alive; and holding it here keeps a new one from taking it meanwhile.
+            let Ok(_held) = hold((filter.handle as u16) >> 1) else {
+                continue;
+            };
+            let (priority, handle, protocol) = (filter.priority, filter.handle, filter.protocol);
+            tc::filter_del(&mut socket, link.ifindex, Direction::Egress, priority, handle, protocol)?;
+            if handle & 1 == 1 {
+                tc::clsact_del_if_unused(&mut socket, link.ifindex)?;
+            }
+            cleaned.push(link.name.clone());
+        }
+    }
+    Ok(cleaned)
+}

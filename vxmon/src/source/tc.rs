@@ -1,0 +1,373 @@
+//! The TC egress programs: loaded once, attached to each watched device, their counters and events read.
+//!
+//! tcx links where the kernel has them (6.6): the kernel removes them with the process, whatever ends it. Elsewhere
+//! filters in the clsact qdisc, which stay: see [`crate::source::clsact`]. Knows nothing of what events mean.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use aya::{
+    Ebpf, EbpfLoader, Pod, VerifierLogLevel,
+    maps::{Array, MapData, MapError, PerCpuArray, RingBuf},
+    programs::{
+        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+        tc::{NlOptions, SchedClassifierLinkId, TcAttachOptions},
+    },
+};
+use vxmon_common::{
+    config::{self, Device, device_flag, port_flag},
+    counters::Counters,
+};
+
+use super::{btf::Layout, clsact, object};
+use crate::{
+    devices::{Role, Watch},
+    netlink,
+};
+
+/// What the daemon could not do with the programs.
+#[derive(Debug, thiserror::Error)]
+pub enum TcError {
+    /// The object, a map or a program was refused.
+    #[error("the kernel refused vxmon's eBPF {what}: {reason}")]
+    Refused {
+        /// Which part.
+        what: String,
+        /// What the kernel or the loader said, on one line.
+        reason: String,
+    },
+    /// A device could not be attached to.
+    #[error("cannot attach to {device}: {reason}")]
+    Attach {
+        /// The device.
+        device: String,
+        /// What the kernel said.
+        reason: String,
+    },
+    /// A map could not be read or written.
+    #[error("cannot use the eBPF map {map}: {source}")]
+    Map {
+        /// The map.
+        map: &'static str,
+        /// What the kernel said.
+        source: MapError,
+    },
+    /// Too many devices.
+    #[error("more than {} devices to watch at once; name the ones that matter", config::SLOTS - 1)]
+    TooMany,
+    /// No number is free for this instance's filters.
+    #[error("cannot take a number for this instance of vxmon: {0}")]
+    Instance(std::io::Error),
+    /// The clsact qdisc could not be handled.
+    #[error(transparent)]
+    Netlink(#[from] netlink::Error),
+}
+
+/// How to attach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// tcx if the kernel has it, else clsact.
+    Auto,
+    /// tcx links.
+    Tcx,
+    /// The clsact qdisc.
+    Clsact,
+}
+
+/// How a device's program is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attachment {
+    /// By a tcx link.
+    Tcx,
+    /// By a filter in the clsact qdisc.
+    Clsact,
+}
+
+impl Attachment {
+    /// Name in events.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcx => "tcx",
+            Self::Clsact => "clsact",
+        }
+    }
+}
+
+/// A table of one byte for each 16-bit number: a map with one value.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct Table(pub [u8; 1 << 16]);
+
+// SAFETY: bytes, without padding.
+unsafe impl Pod for Table {}
+
+/// A watched device.
+struct Slot {
+    watch: Watch,
+    link: Option<SchedClassifierLinkId>,
+    attachment: Attachment,
+    made_clsact: bool,
+}
+
+/// The loaded programs.
+pub struct Tc {
+    ebpf: Ebpf,
+    hook: Hook,
+    instance: Option<clsact::Instance>,
+    slots: BTreeMap<u32, Slot>,
+    ports: BTreeMap<u16, bool>,
+    no_zero_ipv6: BTreeSet<u16>,
+}
+
+fn refused(what: &str, error: &dyn std::error::Error) -> TcError {
+    let mut reason = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let text = error.to_string();
+        if !reason.contains(&text) {
+            reason = format!("{reason}: {text}");
+        }
+        source = error.source();
+    }
+    let first_line = reason.lines().next().unwrap_or_default().to_owned();
+    let reason = reason.lines().rfind(|line| line.contains("invalid") || line.contains("unknown")).map_or_else(
+        || first_line.clone(),
+        |verifier| format!("{first_line} ({})", verifier.trim()),
+    );
+    TcError::Refused { what: what.to_owned(), reason }
+}
+
+impl Tc {
+    /// Loads the programs with these settings.
+    pub fn load(layout: &Layout, hook: Hook) -> Result<Self, TcError> {
+        let mut ebpf = EbpfLoader::new()
+            .btf(None)
+            .verifier_log_level(VerifierLogLevel::STATS)
+            .override_global(config::CONFIG, &layout.config, true)
+            .load(object::MAIN)
+            .map_err(|error| refused("object", &error))?;
+        for name in [config::UPLINK_PROGRAM, config::VXLAN_PROGRAM] {
+            program(&mut ebpf, name)?.load().map_err(|error| refused(&format!("program {name}"), &error))?;
+        }
+        Ok(Self {
+            ebpf,
+            hook,
+            instance: None,
+            slots: BTreeMap::new(),
+            ports: BTreeMap::new(),
+            no_zero_ipv6: BTreeSet::new(),
+        })
+    }
+
+    /// The ring buffer of events. Once.
+    pub fn events(&mut self) -> Result<RingBuf<MapData>, TcError> {
+        let map = self.ebpf.take_map(config::EVENTS_MAP).ok_or_else(|| missing(config::EVENTS_MAP))?;
+        RingBuf::try_from(map).map_err(|source| TcError::Map { map: config::EVENTS_MAP, source })
+    }
+
+    fn array<T: Pod>(&mut self, name: &'static str) -> Result<Array<&mut MapData, T>, TcError> {
+        let map = self.ebpf.map_mut(name).ok_or_else(|| missing(name))?;
+        Array::try_from(map).map_err(|source| TcError::Map { map: name, source })
+    }
+
+    /// Sets the UDP ports of tunnel packets (host byte order), and whether a zero outer sum over IPv6 is wrong there.
+    pub fn set_ports(&mut self, ports: &BTreeMap<u16, bool>) -> Result<(), TcError> {
+        if *ports == self.ports {
+            return Ok(());
+        }
+        let mut table = Box::new(Table([0; 1 << 16]));
+        for (port, no_zero_ipv6) in ports {
+            let flags = port_flag::TUNNEL | if *no_zero_ipv6 { port_flag::NO_ZERO_IPV6 } else { 0 };
+            table.0[usize::from(port.to_be())] = flags;
+        }
+        self.array::<Table>(config::PORTS_MAP)?
+            .set(0, *table, 0)
+            .map_err(|source| TcError::Map { map: config::PORTS_MAP, source })?;
+        self.ports = ports.clone();
+        Ok(())
+    }
+
+    /// Which devices are watched, by slot.
+    pub fn watched(&self) -> impl Iterator<Item = &Watch> {
+        self.slots.values().map(|slot| &slot.watch)
+    }
+
+    /// The watched device with this index.
+    pub fn device(&self, ifindex: u32) -> Option<&Watch> {
+        self.watched().find(|watch| watch.ifindex == ifindex)
+    }
+
+    /// Watches a device. Its counters start at zero.
+    pub fn attach(&mut self, watch: &Watch) -> Result<Attachment, TcError> {
+        let slot = (1..config::SLOTS).find(|slot| !self.slots.contains_key(slot)).ok_or(TcError::TooMany)?;
+        let collides = |other: &Watch| other.ifindex as u16 == watch.ifindex as u16;
+        if self.watched().any(collides) {
+            return Err(TcError::Attach {
+                device: watch.name.clone(),
+                reason: "its index and another watched device's differ by a multiple of 65536".into(),
+            });
+        }
+        self.reset_counters(slot)?;
+        self.slots.insert(
+            slot,
+            Slot { watch: watch.clone(), link: None, attachment: Attachment::Tcx, made_clsact: false },
+        );
+        let attached = self.write_tables().and_then(|()| self.link(watch));
+        match attached {
+            Ok((link, attachment, made_clsact)) => {
+                if let Some(slot) = self.slots.get_mut(&slot) {
+                    slot.link = Some(link);
+                    slot.attachment = attachment;
+                    slot.made_clsact = made_clsact;
+                }
+                Ok(attachment)
+            }
+            Err(error) => {
+                self.slots.remove(&slot);
+                self.write_tables()?;
+                Err(error)
+            }
+        }
+    }
+
+    fn link(&mut self, watch: &Watch) -> Result<(SchedClassifierLinkId, Attachment, bool), TcError> {
+        let failed = |error: ProgramError| {
+            let TcError::Refused { reason, .. } = refused("", &error) else {
+                return TcError::TooMany;
+            };
+            TcError::Attach { device: watch.name.clone(), reason }
+        };
+        let name = match watch.role {
+            Role::Uplink => config::UPLINK_PROGRAM,
+            Role::Vxlan => config::VXLAN_PROGRAM,
+        };
+        if self.hook != Hook::Clsact {
+            // First in the chain: what a program ahead decides could end it.
+            let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+            match program(&mut self.ebpf, name)?.attach_with_options(&watch.name, TcAttachType::Egress, options) {
+                Ok(link) => return Ok((link, Attachment::Tcx, false)),
+                Err(error) if self.hook == Hook::Tcx => return Err(failed(error)),
+                Err(error) => log::debug!("{}: no tcx: {error}", watch.name),
+            }
+        }
+        let instance = match &self.instance {
+            Some(instance) => instance,
+            None => self.instance.insert(clsact::Instance::claim().map_err(TcError::Instance)?),
+        };
+        let made_clsact = clsact::prepare(watch.ifindex)?;
+        let options = NlOptions { priority: 1, handle: instance.handle(made_clsact).into(), ..NlOptions::default() };
+        let link = program(&mut self.ebpf, name)?
+            .attach_with_options(&watch.name, TcAttachType::Egress, TcAttachOptions::Netlink(options))
+            .map_err(|error| {
+                clsact::tidy(watch.ifindex, made_clsact);
+                failed(error)
+            })?;
+        Ok((link, Attachment::Clsact, made_clsact))
+    }
+
+    /// Stops watching a device, and gives its counters.
+    pub fn detach(&mut self, ifindex: u32) -> Result<Counters, TcError> {
+        let Some((&slot, _)) = self.slots.iter().find(|(_, slot)| slot.watch.ifindex == ifindex) else {
+            return Ok(Counters::default());
+        };
+        let Some(Slot { watch, link, attachment: _, made_clsact }) = self.slots.remove(&slot) else {
+            return Ok(Counters::default());
+        };
+        if let Some(link) = link {
+            let name = match watch.role {
+                Role::Uplink => config::UPLINK_PROGRAM,
+                Role::Vxlan => config::VXLAN_PROGRAM,
+            };
+            // A device that has vanished took the attachment with it.
+            if let Err(error) = program(&mut self.ebpf, name)?.detach(link) {
+                log::debug!("{}: {error}", watch.name);
+            }
+        }
+        clsact::tidy(ifindex, made_clsact);
+        self.write_tables()?;
+        self.slot_counters(slot)
+    }
+
+    /// A watched device's counters.
+    pub fn counters(&self, ifindex: u32) -> Result<Counters, TcError> {
+        match self.slots.iter().find(|(_, slot)| slot.watch.ifindex == ifindex) {
+            Some((slot, _)) => self.slot_counters(*slot),
+            None => Ok(Counters::default()),
+        }
+    }
+
+    fn slot_counters(&self, slot: u32) -> Result<Counters, TcError> {
+        let name = config::COUNTERS_MAP;
+        let map = self.ebpf.map(name).ok_or_else(|| missing(name))?;
+        let failed = |source| TcError::Map { map: name, source };
+        let counters = PerCpuArray::<_, Counters>::try_from(map).map_err(failed)?;
+        let mut sum = Counters::default();
+        for cpu in counters.get(&slot, 0).map_err(failed)?.iter() {
+            sum.add(cpu);
+        }
+        Ok(sum)
+    }
+
+    fn reset_counters(&mut self, slot: u32) -> Result<(), TcError> {
+        let name = config::COUNTERS_MAP;
+        let map = self.ebpf.map_mut(name).ok_or_else(|| missing(name))?;
+        let failed = |source| TcError::Map { map: name, source };
+        let mut counters = PerCpuArray::<_, Counters>::try_from(map).map_err(failed)?;
+        let cpus = counters.get(&slot, 0).map_err(failed)?.len();
+        let zeros = aya::maps::PerCpuValues::try_from(vec![Counters::default(); cpus])
+            .map_err(|error| failed(MapError::IoError(error)))?;
+        counters.set(slot, zeros, 0).map_err(failed)
+    }
+
+    /// Takes up what changed about a device that stays attached: what lies on it.
+    pub fn update(&mut self, watch: &Watch) -> Result<(), TcError> {
+        if let Some(slot) = self.slots.values_mut().find(|slot| slot.watch.ifindex == watch.ifindex) {
+            slot.watch = watch.clone();
+        }
+        self.write_tables()
+    }
+
+    /// Writes which device has which slot, and what lies on what.
+    fn write_tables(&mut self) -> Result<(), TcError> {
+        let slot_of: BTreeMap<u32, u32> = self.slots.iter().map(|(slot, s)| (s.watch.ifindex, *slot)).collect();
+        let mut table = Box::new(Table([0; 1 << 16]));
+        let mut devices = Vec::new();
+        for (slot, Slot { watch, .. }) in &self.slots {
+            table.0[usize::from(watch.ifindex as u16)] = *slot as u8;
+            let mut above = [0_u64; 2];
+            for upper in watch.above.iter().filter_map(|ifindex| slot_of.get(ifindex)) {
+                above[(upper / 64) as usize] |= 1 << (upper % 64);
+            }
+            let has_lower = self.slots.values().any(|other| other.watch.above.contains(&watch.ifindex));
+            let flags = if watch.l2 { 0 } else { device_flag::BARE }
+                | if has_lower { device_flag::HAS_LOWER } else { 0 };
+            devices.push((*slot, Device { ifindex: watch.ifindex, flags, above }));
+        }
+        let failed = |map| move |source| TcError::Map { map, source };
+        let mut map = self.array::<Device>(config::DEVICES_MAP)?;
+        for (slot, device) in devices {
+            map.set(slot, device, 0).map_err(failed(config::DEVICES_MAP))?;
+        }
+        self.array::<Table>(config::SLOTS_MAP)?.set(0, *table, 0).map_err(failed(config::SLOTS_MAP))
+    }
+}
+
+impl Drop for Tc {
+    fn drop(&mut self) {
+        let watched: Vec<u32> = self.watched().map(|watch| watch.ifindex).collect();
+        for ifindex in watched {
+            if let Err(error) = self.detach(ifindex) {
+                log::warn!("{error}");
+            }
+        }
+    }
+}
+
+fn missing(name: &'static str) -> TcError {
+    TcError::Refused { what: format!("map {name}"), reason: "it is not in the object".into() }
+}
+
+fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, TcError> {
+    let not_there = || TcError::Refused { what: format!("program {name}"), reason: "it is not in the object".into() };
+    let program = ebpf.program_mut(name).ok_or_else(not_there)?;
+    program.try_into().map_err(|error: ProgramError| refused(&format!("program {name}"), &error))
+}
