@@ -47,7 +47,11 @@ pub fn skb(skb: *mut __sk_buff) -> Skb {
     }
     // SAFETY: the window has room for `len` bytes; the helper checks the address.
     let failed = unsafe {
-        bpf_probe_read_kernel(window.cast(), len, (skb as usize + setting(|config| &config.window_start) as usize) as *const _)
+        bpf_probe_read_kernel(
+            window.cast(),
+            len,
+            (skb as usize + setting(|config| &config.window_start) as usize) as *const _,
+        )
     };
     if failed != 0 {
         return Skb::UNKNOWN;
@@ -56,7 +60,9 @@ pub fn skb(skb: *mut __sk_buff) -> Skb {
     // their values, checks it again.
     unsafe {
         let at = |offset: u32| window.add(offset as usize);
-        let state = State::from_ip_summed((*at(setting(|config| &config.ip_summed)) >> setting(|config| &config.ip_summed_shift)) & 3);
+        let state = State::from_ip_summed(
+            (*at(setting(|config| &config.ip_summed)) >> setting(|config| &config.ip_summed_shift)) & 3,
+        );
         let head = *at(setting(|config| &config.head)).cast::<u64>();
         let headroom = (*at(setting(|config| &config.data)).cast::<u64>()).wrapping_sub(head) as u32;
         // SAFETY: __sk_buff is the program's context.

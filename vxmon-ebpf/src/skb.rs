@@ -14,11 +14,12 @@ use aya_ebpf::{
     bindings::__sk_buff,
     helpers::generated::{bpf_csum_diff, bpf_skb_load_bytes},
 };
-use vxmon_common::{checksum::Sum, packet::{Ip, Packet, Stop, ip}};
-
-use crate::{
-    maps::{COPY, COPY_LEN, setting},
+use vxmon_common::{
+    checksum::Sum,
+    packet::{Ip, Packet, Stop, ip},
 };
+
+use crate::maps::{COPY, COPY_LEN, setting};
 
 /// An skb on its way out, from its link-layer header on.
 pub struct SkbPacket {

@@ -145,10 +145,7 @@ fn counted_above(packet: &SkbPacket, ip: &Ip, device: &Device, slot: u32) -> boo
     // SAFETY: this CPU's value of the map.
     let passed = unsafe { &mut *passed };
     let above = if passed.slot < 64 { device.above[0] } else { device.above[1] };
-    let counted = passed.slot != 0
-        && above >> (passed.slot & 63) & 1 != 0
-        && passed.ip == ip
-        && passed.udp == udp;
+    let counted = passed.slot != 0 && above >> (passed.slot & 63) & 1 != 0 && passed.ip == ip && passed.udp == udp;
     if !has_lower {
         passed.slot = 0;
     } else if !counted {

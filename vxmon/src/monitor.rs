@@ -26,9 +26,7 @@ use vxmon_common::{
 use crate::{
     attribute::{Attributor, ConntrackSource, decode},
     devices::{Plan, Selection, Snapshot, Watch, plan},
-    event::{
-        Anomalies, Attached, Detached, DeviceSummary, Line, Lost, LostByStage, Packets, Record, Summary,
-    },
+    event::{Anomalies, Attached, Detached, DeviceSummary, Line, Lost, LostByStage, Packets, Record, Summary},
     netlink::{
         monitor::{Changes, Monitor, Pace},
         socket::{Protocol, Socket},
@@ -121,8 +119,7 @@ impl<'a> Daemon<'a> {
         // Before the first look at the devices, so that nothing slips through between.
         let monitor = Monitor::open(Pace::default())?;
         let route = Socket::open(Protocol::Route)?;
-        let mut layout =
-            if settings.btf { Layout::detect() } else { Layout::without("not used, as asked for") };
+        let mut layout = if settings.btf { Layout::detect() } else { Layout::without("not used, as asked for") };
         layout.config.sample = settings.sample;
         layout.config.csum_chunk = csum_chunk();
         if settings.conntrack == ConntrackSource::Netlink {
@@ -139,7 +136,7 @@ impl<'a> Daemon<'a> {
             say(&format!("vxmon: removed from {device} what a vxmon that was killed had left there"));
         }
         let mut tc = Tc::load(&layout, settings.hook).with_context(kernel_needs)?;
-        let events = AsyncFd::new(tc.events()?).context("cannot wait for events")?;
+        let events = AsyncFd::register(tc.events()?).context("cannot wait for events")?;
         let (writer, broken) = Writer::start(output).context("cannot start the output thread")?;
         let node = nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         Ok(Self {
@@ -388,12 +385,7 @@ impl<'a> Daemon<'a> {
         let (ring, queue) = self.lost()?;
         let (told_ring, told_queue) = self.told_lost;
         if (ring, queue) != self.told_lost {
-            let lost = Lost {
-                ts: now(),
-                node: self.node.clone(),
-                ring: ring - told_ring,
-                queue: queue - told_queue,
-            };
+            let lost = Lost { ts: now(), node: self.node.clone(), ring: ring - told_ring, queue: queue - told_queue };
             if self.write(Record::Lost(lost)) {
                 self.told_lost = (ring, queue);
             }
@@ -455,10 +447,7 @@ impl<'a> Daemon<'a> {
             counted_above: counters.counted_above,
             verdicts,
             unverified: Reason::ALL.iter().zip(counters.unverified).map(|(reason, n)| (reason.name(), n)).collect(),
-            anomalies: Anomalies {
-                reported: of(&self.reported),
-                suppressed: counters.suppressed,
-            },
+            anomalies: Anomalies { reported: of(&self.reported), suppressed: counters.suppressed },
             lost: LostByStage {
                 ring: counters.lost_ring,
                 // Also what was sent and never read, because enough was seen.

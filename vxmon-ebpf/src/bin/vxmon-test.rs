@@ -6,10 +6,16 @@
 
 #![no_std]
 #![no_main]
+#![expect(missing_docs, reason = "the macro makes public functions without the comments")]
 
 use core::hint::black_box;
 
-use aya_ebpf::{bindings::__sk_buff, macros::{classifier, map}, maps::Array, programs::TcContext};
+use aya_ebpf::{
+    bindings::__sk_buff,
+    macros::{classifier, map},
+    maps::Array,
+    programs::TcContext,
+};
 use vxmon_common::{
     config::port_flag,
     judge::{self, Found, Outcome, Skb, State, Surroundings},

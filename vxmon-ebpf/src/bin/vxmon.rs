@@ -2,6 +2,7 @@
 
 #![no_std]
 #![no_main]
+#![expect(missing_docs, reason = "the macro makes public functions without the comments")]
 
 use aya_ebpf::{macros::classifier, programs::TcContext};
 use vxmon_ebpf::{TC_ACT_UNSPEC, watch};

@@ -114,12 +114,7 @@ fn from_skb(event: &Event) -> Found {
 }
 
 fn endpoints_of(tuple: &ctnetlink::Tuple) -> Endpoints {
-    Endpoints {
-        src: tuple.src.to_string(),
-        sport: tuple.sport,
-        dst: tuple.dst.to_string(),
-        dport: tuple.dport,
-    }
+    Endpoints { src: tuple.src.to_string(), sport: tuple.sport, dst: tuple.dst.to_string(), dport: tuple.dport }
 }
 
 /// An entry of netlink's as the kernel keeps it.

@@ -82,12 +82,7 @@ pub struct Attributor {
 impl Attributor {
     /// For this node.
     pub fn new(node: String, source: ConntrackSource) -> Self {
-        Self {
-            node,
-            conntrack: conntrack::Lookup::new(source),
-            firsts: HashMap::new(),
-            order: VecDeque::new(),
-        }
+        Self { node, conntrack: conntrack::Lookup::new(source), firsts: HashMap::new(), order: VecDeque::new() }
     }
 
     /// Fills in an event seen on `device` at `ts`.

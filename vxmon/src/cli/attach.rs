@@ -97,11 +97,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         enter(path)?;
     }
     let settings = Settings {
-        selection: if args.devices.is_empty() {
-            Selection::Auto
-        } else {
-            Selection::Named(args.devices.clone())
-        },
+        selection: if args.devices.is_empty() { Selection::Auto } else { Selection::Named(args.devices.clone()) },
         ports: args.ports.clone(),
         sample: args.sample,
         format: args.format,

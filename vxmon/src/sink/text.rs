@@ -14,7 +14,11 @@ pub fn render(record: &Record) -> String {
         }
         Record::Detached(Detached { ts, dev, why, .. }) => format!("{} {dev} no longer watched: {why}", time(ts)),
         Record::Lost(Lost { ts, ring, queue, .. }) => {
-            format!("{} {} anomalies counted but not shown (ring buffer {ring}, output {queue})", time(ts), ring + queue)
+            format!(
+                "{} {} anomalies counted but not shown (ring buffer {ring}, output {queue})",
+                time(ts),
+                ring + queue
+            )
         }
         Record::Summary(summary) => self::summary(summary),
     }
@@ -35,12 +39,7 @@ fn ends(Endpoints { src, sport, dst, dport }: &Endpoints) -> String {
 
 fn inner_text(inner: &Inner) -> String {
     let side = |address: &str, port: Option<u16>| port.map_or(address.to_owned(), |port| end(address, port));
-    let mut text = format!(
-        "{} {} > {}",
-        inner.proto,
-        side(&inner.src, inner.sport),
-        side(&inner.dst, inner.dport)
-    );
+    let mut text = format!("{} {} > {}", inner.proto, side(&inner.src, inner.sport), side(&inner.dst, inner.dport));
     if let Some(flags) = &inner.flags {
         let _ = write!(text, " [{flags}]");
     }
@@ -102,7 +101,8 @@ fn anomaly(anomaly: &Anomaly) -> String {
 fn counts(packets: &Packets) -> String {
     let mut parts: Vec<String> =
         packets.verdicts.iter().filter(|(_, n)| **n > 0).map(|(name, n)| format!("{n} {name}")).collect();
-    parts.extend(packets.unverified.iter().filter(|(_, n)| **n > 0).map(|(name, n)| format!("{n} unverified ({name})")));
+    parts
+        .extend(packets.unverified.iter().filter(|(_, n)| **n > 0).map(|(name, n)| format!("{n} unverified ({name})")));
     if parts.is_empty() { String::new() } else { format!(": {}", parts.join(", ")) }
 }
 

@@ -197,7 +197,8 @@ fn fill_conntrack(vmlinux: &Btf, config: &mut Config) -> Result<(), LayoutError>
     check_tuple(btf)?;
     let tuple = hash.field("tuple")?.byte();
     let hashes = entry.field("tuplehash")?.byte();
-    let hash_size = u32::try_from(hash.structure.size()).map_err(|_| LayoutError::Unexpected("nf_conntrack_tuple_hash"))?;
+    let hash_size =
+        u32::try_from(hash.structure.size()).map_err(|_| LayoutError::Unexpected("nf_conntrack_tuple_hash"))?;
     config.tuple_orig = hashes + tuple;
     config.tuple_reply = hashes + hash_size + tuple;
     config.status = entry.field("status")?.byte();

@@ -68,8 +68,7 @@ pub fn tidy(ifindex: u32, made_clsact: bool) {
     if !made_clsact {
         return;
     }
-    let removed =
-        Socket::open(Protocol::Route).and_then(|mut socket| tc::clsact_del_if_unused(&mut socket, ifindex));
+    let removed = Socket::open(Protocol::Route).and_then(|mut socket| tc::clsact_del_if_unused(&mut socket, ifindex));
     if let Err(error) = removed {
         log::debug!("clsact of device {ifindex}: {error}"); // a device that has vanished took it along
     }

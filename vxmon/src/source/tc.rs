@@ -3,7 +3,7 @@
 //! tcx links where the kernel has them (6.6): the kernel removes them with the process, whatever ends it. Elsewhere
 //! filters in the clsact qdisc, which stay: see [`crate::source::clsact`]. Knows nothing of what events mean.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use aya::{
     Ebpf, EbpfLoader, Pod, VerifierLogLevel,
@@ -115,7 +115,6 @@ pub struct Tc {
     instance: Option<clsact::Instance>,
     slots: BTreeMap<u32, Slot>,
     ports: BTreeMap<u16, bool>,
-    no_zero_ipv6: BTreeSet<u16>,
 }
 
 fn refused(what: &str, error: &dyn std::error::Error) -> TcError {
@@ -129,10 +128,10 @@ fn refused(what: &str, error: &dyn std::error::Error) -> TcError {
         source = error.source();
     }
     let first_line = reason.lines().next().unwrap_or_default().to_owned();
-    let reason = reason.lines().rfind(|line| line.contains("invalid") || line.contains("unknown")).map_or_else(
-        || first_line.clone(),
-        |verifier| format!("{first_line} ({})", verifier.trim()),
-    );
+    let reason = reason
+        .lines()
+        .rfind(|line| line.contains("invalid") || line.contains("unknown"))
+        .map_or_else(|| first_line.clone(), |verifier| format!("{first_line} ({})", verifier.trim()));
     TcError::Refused { what: what.to_owned(), reason }
 }
 
@@ -148,14 +147,7 @@ impl Tc {
         for name in [config::UPLINK_PROGRAM, config::VXLAN_PROGRAM] {
             program(&mut ebpf, name)?.load().map_err(|error| refused(&format!("program {name}"), &error))?;
         }
-        Ok(Self {
-            ebpf,
-            hook,
-            instance: None,
-            slots: BTreeMap::new(),
-            ports: BTreeMap::new(),
-            no_zero_ipv6: BTreeSet::new(),
-        })
+        Ok(Self { ebpf, hook, instance: None, slots: BTreeMap::new(), ports: BTreeMap::new() })
     }
 
     /// The ring buffer of events. Once.
@@ -207,10 +199,8 @@ impl Tc {
             });
         }
         self.reset_counters(slot)?;
-        self.slots.insert(
-            slot,
-            Slot { watch: watch.clone(), link: None, attachment: Attachment::Tcx, made_clsact: false },
-        );
+        self.slots
+            .insert(slot, Slot { watch: watch.clone(), link: None, attachment: Attachment::Tcx, made_clsact: false });
         let attached = self.write_tables().and_then(|()| self.link(watch));
         match attached {
             Ok((link, attachment, made_clsact)) => {
@@ -338,8 +328,8 @@ impl Tc {
                 above[(upper / 64) as usize] |= 1 << (upper % 64);
             }
             let has_lower = self.slots.values().any(|other| other.watch.above.contains(&watch.ifindex));
-            let flags = if watch.l2 { 0 } else { device_flag::BARE }
-                | if has_lower { device_flag::HAS_LOWER } else { 0 };
+            let flags =
+                if watch.l2 { 0 } else { device_flag::BARE } | if has_lower { device_flag::HAS_LOWER } else { 0 };
             devices.push((*slot, Device { ifindex: watch.ifindex, flags, above }));
         }
         let failed = |map| move |source| TcError::Map { map, source };
