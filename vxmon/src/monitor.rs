@@ -70,7 +70,7 @@ const TICK: Duration = Duration::from_secs(1);
 const BATCH: usize = 256;
 /// How long a slow reader of the output is waited for at the end.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// How long a device is tried again that could not be attached to.
+/// When a device is tried again that could not be attached to.
 const RETRY: Duration = Duration::from_millis(250);
 
 /// Watches until told to end; how many anomalies were seen.
@@ -108,6 +108,7 @@ struct Daemon<'a> {
     told_lost: (u64, u64),
     /// Devices that could not be attached to, so that each is complained of once.
     failed: BTreeMap<String, String>,
+    retry_at: Option<tokio::time::Instant>,
     told_notes: Vec<String>,
     waiting: bool,
     started: Instant,
@@ -157,6 +158,7 @@ impl<'a> Daemon<'a> {
             lost_queue: BTreeMap::new(),
             told_lost: (0, 0),
             failed: BTreeMap::new(),
+            retry_at: None,
             told_notes: Vec::new(),
             waiting: false,
             started: Instant::now(),
@@ -167,6 +169,7 @@ impl<'a> Daemon<'a> {
     /// Looks at the namespace's devices, and attaches to and detaches from them as needed.
     fn follow(&mut self, changes: Option<&Changes>) -> Result<()> {
         let first = changes.is_none();
+        self.retry_at = None;
         let snapshot = match Snapshot::take_from(&mut self.route) {
             Ok(snapshot) => snapshot,
             Err(error) if first => return Err(error.into()),
@@ -257,6 +260,7 @@ impl<'a> Daemon<'a> {
                     (self.say)(&format!("vxmon: {text}"));
                     self.failed.insert(watch.name.clone(), text);
                 }
+                self.retry_at = Some(tokio::time::Instant::now() + RETRY);
                 return Ok(());
             }
         };
@@ -319,11 +323,12 @@ impl<'a> Daemon<'a> {
                     let changes = changes?;
                     self.follow(Some(&changes))?;
                 }
-                () = retry(!self.failed.is_empty()) => self.follow(Some(&Changes::default()))?,
+                () = at(self.retry_at) => self.follow(Some(&Changes::default()))?,
                 _ = tick.tick() => self.tell_lost()?,
             }
         }
-        // What the kernel sent before it was told to stop is still reported.
+        self.detach_all()?;
+        // What the kernel program sent before it was told to stop is still reported.
         if !self.enough() {
             while !self.drain(events.get_mut()).0 {}
         }
@@ -393,13 +398,17 @@ impl<'a> Daemon<'a> {
         Ok(())
     }
 
-    /// Detaches, and writes the summary.
-    fn finish(mut self) -> Result<u64> {
+    fn detach_all(&mut self) -> Result<(), TcError> {
         let watched: Vec<Watch> = self.tc.watched().cloned().collect();
         for watch in watched {
             let counters = self.tc.detach(watch.ifindex)?;
             self.past.push(Past { watch, counters });
         }
+        Ok(())
+    }
+
+    /// Writes the summary.
+    fn finish(mut self) -> Result<u64> {
         self.tell_lost()?;
         let mut total = Packets::default();
         let mut anomalies = 0;
@@ -477,14 +486,6 @@ async fn at(until: Option<tokio::time::Instant>) {
     match until {
         Some(until) => tokio::time::sleep_until(until).await,
         None => std::future::pending().await,
-    }
-}
-
-async fn retry(needed: bool) {
-    if needed {
-        tokio::time::sleep(RETRY).await;
-    } else {
-        std::future::pending::<()>().await;
     }
 }
 

@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use tokio::sync::oneshot;
 
 /// Lines that wait to be written.
@@ -16,7 +17,7 @@ const QUEUE: usize = 4096;
 /// The writing end.
 #[derive(Debug)]
 pub struct Writer {
-    queue: Option<SyncSender<String>>,
+    queue: Option<SyncSender<Bytes>>,
     thread: Option<JoinHandle<()>>,
     /// Lines that were not written.
     pub lost: u64,
@@ -28,15 +29,15 @@ pub type Broken = oneshot::Receiver<io::Error>;
 impl Writer {
     /// Starts writing to `output`.
     pub fn start(mut output: Box<dyn Write + Send>) -> io::Result<(Self, Broken)> {
-        let (queue, lines) = mpsc::sync_channel::<String>(QUEUE);
+        let (queue, lines) = mpsc::sync_channel::<Bytes>(QUEUE);
         let (broken, is_broken) = oneshot::channel();
         let thread = std::thread::Builder::new().name("output".into()).spawn(move || {
             let mut write = || -> io::Result<()> {
                 while let Ok(line) = lines.recv() {
-                    output.write_all(line.as_bytes())?;
+                    output.write_all(&line)?;
                     // What has come meanwhile goes out with it.
                     while let Ok(line) = lines.try_recv() {
-                        output.write_all(line.as_bytes())?;
+                        output.write_all(&line)?;
                     }
                     output.flush()?;
                 }
@@ -51,8 +52,8 @@ impl Writer {
     }
 
     /// Writes a line; whether it could be taken.
-    pub fn line(&mut self, mut line: String) -> bool {
-        line.push('\n');
+    pub fn line(&mut self, line: String) -> bool {
+        let line = ended(line);
         let taken = match &self.queue {
             Some(queue) => match queue.try_send(line) {
                 Ok(()) => true,
@@ -65,13 +66,12 @@ impl Writer {
     }
 
     /// Writes a last line, waiting for room, and ends; gives up on a reader that takes nothing for `patience`.
-    pub fn finish(mut self, mut line: String, patience: Duration) -> bool {
-        line.push('\n');
+    pub fn finish(mut self, line: String, patience: Duration) -> bool {
         let until = Instant::now() + patience;
         let Some(queue) = self.queue.take() else {
             return false;
         };
-        let mut pending = Some(line);
+        let mut pending = Some(ended(line));
         while let Some(line) = pending.take() {
             match queue.try_send(line) {
                 Ok(()) => {}
@@ -94,4 +94,10 @@ impl Writer {
         }
         thread.join().is_ok()
     }
+}
+
+/// A line with its end, in a form that several readers can share.
+fn ended(mut line: String) -> Bytes {
+    line.push('\n');
+    Bytes::from(line)
 }
