@@ -137,7 +137,8 @@ impl<'a> Daemon<'a> {
             say(&format!("vxmon: removed from {device} what a vxmon that was killed had left there"));
         }
         let mut tc = Tc::load(&layout, settings.hook).with_context(kernel_needs)?;
-        let events = AsyncFd::register(tc.events()?).context("cannot wait for events")?;
+        // SAFETY: the ring buffer owns its descriptor, which stays open and the same as long as it exists.
+        let events = unsafe { AsyncFd::register(tc.events()?) }.context("cannot wait for events")?;
         let (writer, broken) = Writer::start(output).context("cannot start the output thread")?;
         let node = nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         Ok(Self {
