@@ -35,8 +35,12 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Show both kernel faults, and what vxmon says about them
-    Demo,
+    /// Show the kernel's fault live, and what vxmon says about it
+    Demo {
+        /// Show this vxmon instead of building one
+        #[arg(long, hide = true)]
+        binary: Option<std::path::PathBuf>,
+    },
     /// Measure what vxmon costs
     Bench,
 }
@@ -64,7 +68,7 @@ fn run(task: &Task) -> Result<ExitCode> {
         Task::Build => cargo::build(setup::Scope::Build).map(drop)?,
         Task::Lint => lint::run()?,
         Task::Test { args } => return test::run(args),
-        Task::Demo => demo::run()?,
+        Task::Demo { binary } => demo::run(binary.clone())?,
         Task::Bench => bench::run()?,
     }
     Ok(ExitCode::SUCCESS)
