@@ -143,6 +143,6 @@ fn is_marked(process: &Path) -> bool {
 }
 
 /// Writes a line for people to stderr, past the capture of the test harness.
-pub(crate) fn note(text: &str) {
+pub fn note(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}");
 }

@@ -50,6 +50,70 @@ pub struct Finished {
     pub status: ExitStatus,
 }
 
+impl Finished {
+    /// A number in the summary's totals, `verdicts/valid` for instance; 0 where there is none.
+    #[must_use]
+    pub fn total(&self, path: &str) -> u64 {
+        number(&self.summary["packets"], path)
+    }
+
+    /// The summary's line of a device, by name. With several, as of a device made anew, the last.
+    #[must_use]
+    pub fn device(&self, name: &str) -> Option<&Value> {
+        self.summary["devices"].as_array()?.iter().rfind(|device| device["dev"] == name)
+    }
+
+    /// Fails unless it ended well and its summary adds up, in total and for each device: verdicts and unverified to what
+    /// was seen; reported, suppressed and lost to the anomalies; and the devices to the total.
+    pub fn adds_up(&self) -> Result<()> {
+        if self.status.code() != Some(0) {
+            bail!("vxmon ended with {}; it said: {}", self.status, self.stderr.trim_end());
+        }
+        let devices = self.summary["devices"].as_array().context("no summary")?;
+        adds_up(&self.summary["packets"]).context("in total")?;
+        for device in devices {
+            adds_up(&device["packets"]).with_context(|| format!("device {}", device["dev"]))?;
+        }
+        for path in ["seen", "other", "counted_above", "anomalies/reported", "anomalies/suppressed"] {
+            let sum: u64 = devices.iter().map(|device| number(&device["packets"], path)).sum();
+            if sum != self.total(path) {
+                bail!("{path}: the devices have {sum}, the total is {}", self.total(path));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Names of the verdicts that are no anomaly.
+pub const GOOD_VERDICTS: [&str; 4] = ["zero", "valid", "lco-valid", "pending"];
+
+/// Anomalies among the verdicts of `packets`.
+#[must_use]
+pub fn anomalies(packets: &Value) -> u64 {
+    let verdicts = packets["verdicts"].as_object().into_iter().flatten();
+    let bad = verdicts.filter(|(name, _)| !GOOD_VERDICTS.contains(&name.as_str()));
+    bad.filter_map(|(_, count)| count.as_u64()).sum()
+}
+
+/// A number in `packets`, by its path; 0 where there is none.
+#[must_use]
+pub fn number(packets: &Value, path: &str) -> u64 {
+    packets.pointer(&format!("/{path}")).and_then(Value::as_u64).unwrap_or(0)
+}
+
+fn adds_up(packets: &Value) -> Result<()> {
+    let all = |section: &str| -> u64 {
+        packets[section].as_object().into_iter().flatten().filter_map(|(_, count)| count.as_u64()).sum()
+    };
+    if all("verdicts") + all("unverified") != number(packets, "seen") {
+        bail!("verdicts and unverified are not what was seen: {packets}");
+    }
+    if all("anomalies") + all("lost") != anomalies(packets) {
+        bail!("reported, suppressed and lost are not the anomalies: {packets}");
+    }
+    Ok(())
+}
+
 #[derive(Debug, Default)]
 struct Shared {
     output: Mutex<Output>,
