@@ -4,7 +4,9 @@
 use aya_ebpf::{
     bindings::__sk_buff,
     helpers::generated::{bpf_ktime_get_ns, bpf_skb_load_bytes},
+    programs::TcContext,
 };
+use aya_log_ebpf::debug;
 use vxmon_common::{
     config::REPEAT_INTERVAL_NS,
     conntrack::{Nat, Rewrite, cause},
@@ -198,6 +200,8 @@ fn anomaly(skb: *mut __sk_buff, case: &Case) {
     }
     entry.submit(0);
     tally.sent();
+    // Compiled in, but dropped by the verifier unless the daemon asks for it (AYA_LOG_LEVEL is a read-only global).
+    debug!(&TcContext::new(skb), "device {}: anomaly {} of its flow, verdict {}", ifindex, number, cause.verdict as u8);
     if let Some(flow) = flow {
         // SAFETY: as above.
         unsafe {

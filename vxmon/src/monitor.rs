@@ -388,6 +388,7 @@ impl<'a> Daemon<'a> {
     }
 
     fn tell_lost(&mut self) -> Result<()> {
+        self.tc.flush_log();
         let (ring, queue) = self.lost()?;
         let (told_ring, told_queue) = self.told_lost;
         if (ring, queue) != self.told_lost {

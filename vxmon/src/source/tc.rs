@@ -13,6 +13,7 @@ use aya::{
         tc::{NlOptions, SchedClassifierLinkId, TcAttachOptions},
     },
 };
+use aya_log::EbpfLogger;
 use vxmon_common::{
     config::{self, Device, device_flag, port_flag},
     counters::Counters,
@@ -111,6 +112,7 @@ struct Slot {
 /// The loaded programs.
 pub struct Tc {
     ebpf: Ebpf,
+    log: Option<EbpfLogger<&'static dyn log::Log>>,
     hook: Hook,
     instance: Option<clsact::Instance>,
     slots: BTreeMap<u32, Slot>,
@@ -138,16 +140,31 @@ fn refused(what: &str, error: &dyn std::error::Error) -> TcError {
 impl Tc {
     /// Loads the programs with these settings.
     pub fn load(layout: &Layout, hook: Hook) -> Result<Self, TcError> {
+        // At 0 the verifier drops the program's log lines altogether.
+        let log_level = if log::log_enabled!(log::Level::Debug) { aya_log::Level::Debug as u8 } else { 0 };
         let mut ebpf = EbpfLoader::new()
             .btf(None)
             .verifier_log_level(VerifierLogLevel::STATS)
             .override_global(config::CONFIG, &layout.config, true)
+            .override_global(aya_log::LEVEL, &log_level, true)
             .load(object::MAIN)
             .map_err(|error| refused("object", &error))?;
         for name in [config::UPLINK_PROGRAM, config::VXLAN_PROGRAM] {
             program(&mut ebpf, name)?.load().map_err(|error| refused(&format!("program {name}"), &error))?;
         }
-        Ok(Self { ebpf, hook, instance: None, slots: BTreeMap::new(), ports: BTreeMap::new() })
+        let log = if log_level > 0 {
+            Some(EbpfLogger::init(&mut ebpf).map_err(|error| refused("log", &error))?)
+        } else {
+            None
+        };
+        Ok(Self { ebpf, log, hook, instance: None, slots: BTreeMap::new(), ports: BTreeMap::new() })
+    }
+
+    /// Hands the program's own log lines, if any were asked for, to this process's log.
+    pub fn flush_log(&mut self) {
+        if let Some(log) = &mut self.log {
+            log.flush();
+        }
     }
 
     /// The ring buffer of events. Once.
