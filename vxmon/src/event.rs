@@ -3,16 +3,29 @@
 
 use std::collections::BTreeMap;
 
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema};
 use serde::Serialize;
+use vxmon_common::judge::{State, Verdict};
 
 /// Name and version of the schema.
 pub const SCHEMA: &str = "vxmon.event/1";
 
-/// One line.
+/// The JSON Schema of a line, as it stands in `docs/event.schema.json`.
+pub fn schema() -> Schema {
+    schemars::generate::SchemaSettings::draft2020_12().for_serialize().into_generator().into_root_schema_for::<Line>()
+}
+
+/// The verdicts that are reported, by name.
+fn anomaly_names() -> Vec<&'static str> {
+    Verdict::ALL.into_iter().filter(|verdict| verdict.is_anomaly()).map(Verdict::name).collect()
+}
+
+/// A line that `vxmon attach --format json` writes.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
+#[schemars(title = "vxmon.event/1")]
 pub struct Line {
-    /// Always `vxmon.event/1`. A change that could break a reader makes it `/2`.
+    /// Always `vxmon.event/1`. New fields, record types and verdicts may come; a change that breaks readers makes it `/2`.
+    #[schemars(extend("const" = SCHEMA))]
     pub schema: &'static str,
     /// What happened.
     #[serde(flatten)]
@@ -53,8 +66,10 @@ pub struct Anomaly {
     /// The device's index.
     pub ifindex: u32,
     /// `uplink` or `vxlan`.
+    #[schemars(extend("enum" = ["uplink", "vxlan"]))]
     pub role: &'static str,
     /// `nat-mangled-zero`, `nat-stale-port`, `bad-outer`, `bad-inner`, `zero-outer-v6` or `malformed`.
+    #[schemars(extend("enum" = anomaly_names()))]
     pub verdict: &'static str,
     /// The checksum.
     pub csum: Csum,
@@ -89,6 +104,7 @@ pub struct Csum {
     /// What it should hold; null where no one value is right.
     pub expected: Option<String>,
     /// `skb->ip_summed`: `none`, `unnecessary`, `complete`, `partial`, or `unknown`.
+    #[schemars(extend("enum" = State::ALL.map(State::name)))]
     pub state: &'static str,
     /// Where the checksum that is filled in later starts, bytes from the packet's first byte; null unless partial.
     pub start: Option<u32>,
@@ -137,7 +153,8 @@ pub struct Ct {
     pub reply: Endpoints,
     /// Status bits by name (`IPS_*`).
     pub status: Vec<&'static str>,
-    /// `skb`: read from the packet itself; `netlink`: looked up after it.
+    /// `skb`: read from the packet itself; `netlink`: looked up afterwards.
+    #[schemars(extend("enum" = ["skb", "netlink"]))]
     pub source: &'static str,
 }
 
@@ -145,6 +162,7 @@ pub struct Ct {
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Nat {
     /// How it is known that `--random-fully` chose the port: `observed`, `rule`, `port-rewritten`, `no` or `unknown`.
+    #[schemars(extend("enum" = ["observed", "rule", "port-rewritten", "no", "unknown"]))]
     pub random_fully: &'static str,
     /// The rule, as one would type it.
     pub rule: Option<String>,
@@ -164,7 +182,7 @@ pub struct Cause {
 /// An outer flow's story.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Flow {
-    /// The how-manieth bad packet of this outer flow it is.
+    /// Number of this bad packet among those of its outer flow, from 1.
     pub attempt: u64,
     /// Milliseconds since the first one that was reported.
     pub since_first_ms: u64,
@@ -182,12 +200,15 @@ pub struct Attached {
     /// Its index.
     pub ifindex: u32,
     /// `uplink` or `vxlan`.
+    #[schemars(extend("enum" = ["uplink", "vxlan"]))]
     pub role: &'static str,
     /// Why it is watched.
     pub why: Vec<String>,
     /// How the program is attached: `tcx` or `clsact`.
+    #[schemars(extend("enum" = ["tcx", "clsact"]))]
     pub hook: &'static str,
     /// Where the checksum's state is known from: `skb`, or `none`, where any consistent reading is accepted.
+    #[schemars(extend("enum" = ["skb", "none"]))]
     pub metadata: &'static str,
 }
 
@@ -202,7 +223,7 @@ pub struct Detached {
     pub dev: String,
     /// Its index.
     pub ifindex: u32,
-    /// Why.
+    /// Why it is no longer watched.
     pub why: &'static str,
 }
 
@@ -242,6 +263,7 @@ pub struct DeviceSummary {
     /// Its index; a device made anew has another one, and a line of its own.
     pub ifindex: u32,
     /// `uplink` or `vxlan`.
+    #[schemars(extend("enum" = ["uplink", "vxlan"]))]
     pub role: &'static str,
     /// What it sent.
     pub packets: Packets,
