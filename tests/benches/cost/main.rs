@@ -1,0 +1,28 @@
+//! What vxmon costs, beside a baseline measured in the same run. `cargo xtask bench` builds and starts it, as root.
+//!
+//! A limit that is missed is marked, and no failure: machines differ. What cannot be measured is one.
+
+mod daemon;
+mod program;
+mod stats;
+mod table;
+mod traffic;
+
+use anyhow::Result;
+use vxmon_tests::cleanup;
+
+use crate::table::Table;
+
+fn main() -> Result<()> {
+    // `cargo test --all-targets` starts every bench; without its driver this one has nothing to say.
+    if std::env::var_os("VXMON_BENCH").is_none() {
+        return Ok(());
+    }
+    cleanup::on_interrupt()?;
+    let mut table = Table::new();
+    program::measure(&mut table)?;
+    traffic::measure(&mut table)?;
+    daemon::measure(&mut table)?;
+    table.end();
+    Ok(())
+}

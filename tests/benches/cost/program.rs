@@ -1,0 +1,199 @@
+//! The kernel programs by themselves: ns a packet over an empty program, by BPF_PROG_TEST_RUN; and what loading takes.
+//!
+//! The kernel runs a program a million times over one packet. Its own clock would count whatever else the CPU did
+//! meanwhile, so what is taken is the CPU time of this thread. Programs take turns, and the difference to the empty
+//! program counts within a turn.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use aya::{
+    Ebpf, EbpfLoader, VerifierLogLevel,
+    maps::Array,
+    programs::{SchedClassifier, TestRun as _, TestRunOptions},
+};
+use nix::time::{ClockId, clock_gettime};
+use vxmon::source::{btf::Layout, object, tc::Table as Bytes};
+use vxmon_common::config::{self, Config, Device, port_flag};
+use vxmon_tests::traffic::{Frame, OuterSum};
+
+use crate::table::{Limit, Table, median};
+
+/// Runs of a program in one go.
+const REPEAT: u32 = 1_000_000;
+/// Turns.
+const ROUNDS: usize = 9;
+/// Loopback: the device that BPF_PROG_TEST_RUN gives its packets.
+const LOOPBACK: u32 = 1;
+/// UDP port of the VXLAN.
+const PORT: u16 = 8472;
+/// Offsets in a VXLAN packet over IPv4: inner IP header, and inner UDP header.
+const INNER_L4: u32 = 14 + 20 + 8 + 8 + 14 + 20;
+/// In cb[0] of the test programs: CHECKSUM_PARTIAL, and read the skb's metadata as the daemon's program does.
+const PARTIAL_AND_READ: u32 = 3 | 1 << 9;
+
+pub fn measure(table: &mut Table) -> Result<()> {
+    costs(table)?;
+    loading(table)
+}
+
+struct Case {
+    what: &'static str,
+    limit: Limit,
+    program: &'static str,
+    short_chunks: bool,
+    packet: Vec<u8>,
+    cb: [u32; 5],
+}
+
+fn costs(table: &mut Table) -> Result<()> {
+    let layout = Layout::detect();
+    let whole_mtu = load(Config { csum_chunk: 4096, ..layout.config })?;
+    let chunks = load(Config { csum_chunk: 512, ..layout.config })?;
+    let (cases, small) = (cases(), vxlan(18, OuterSum::Right));
+
+    let mut empty = Vec::new();
+    let mut added = vec![Vec::new(); cases.len()];
+    for round in 0..=ROUNDS {
+        let nothing = run(&whole_mtu, "empty", &small, [0; 5])?;
+        for (case, added) in cases.iter().zip(&mut added) {
+            let object = if case.short_chunks { &chunks } else { &whole_mtu };
+            let time = run(object, case.program, &case.packet, case.cb)?;
+            // The first one warms up.
+            if round > 0 {
+                added.push(time - nothing);
+            }
+        }
+        if round > 0 {
+            empty.push(nothing);
+        }
+    }
+    table.section(&format!(
+        "ns a packet over an empty TC program (BPF_PROG_TEST_RUN, median of {ROUNDS} x {REPEAT} runs)"
+    ));
+    let baseline = format!("empty {:.1} ns", median(&empty));
+    for (case, added) in cases.iter().zip(&added) {
+        table.line(case.what, median(added), "ns", &baseline, case.limit);
+    }
+    Ok(())
+}
+
+fn cases() -> Vec<Case> {
+    let whole = |what, limit, packet| Case {
+        what,
+        limit: Limit::AtMost(limit),
+        program: "whole_uplink",
+        short_chunks: false,
+        packet,
+        cb: [0; 5],
+    };
+    let mtu = || vxlan(1500 - 78, OuterSum::Right);
+    let mut tcp = vxlan(18, OuterSum::Right);
+    tcp[14 + 9] = 6;
+    let mut arp = vec![0; 60];
+    arp[12..14].copy_from_slice(&[0x08, 0x06]);
+    let dns = Frame { dport: 53, ..Frame::default() }.bytes();
+    vec![
+        whole("other traffic: TCP", 5.0, tcp),
+        whole("other traffic: ARP", 5.0, arp),
+        whole("other traffic: UDP to another port", 5.0, dns),
+        whole("header only: no checksum (zero)", 25.0, vxlan(1500 - 78, OuterSum::Zero)),
+        Case {
+            what: "header only: Local Checksum Offload (judge and metadata)",
+            program: "judge_uplink",
+            packet: lco(),
+            cb: [PARTIAL_AND_READ, INNER_L4, 6, 0, 0],
+            ..whole("", 25.0, Vec::new())
+        },
+        whole("full sum of 1500 bytes, linear", 80.0, mtu()),
+        Case { short_chunks: true, ..whole("full sum of 1500 bytes, as before 6.13 (512 at a time)", 80.0, mtu()) },
+    ]
+}
+
+/// A VXLAN packet with an inner UDP datagram of so many bytes.
+fn vxlan(payload: usize, sum: OuterSum) -> Vec<u8> {
+    Frame { sum, inner: Frame::inner_udp(&vec![0x5a; payload]), dport: PORT, ..Frame::default() }.bytes()
+}
+
+/// One whose inner checksum is left to the device. The judge takes whatever stands in that field for its final
+/// complement, so that any value costs the same, right or wrong.
+fn lco() -> Vec<u8> {
+    vxlan(1500 - 78, OuterSum::Right)
+}
+
+fn load(config: Config) -> Result<Ebpf> {
+    let mut ebpf = EbpfLoader::new()
+        .btf(None)
+        .verifier_log_level(VerifierLogLevel::DISABLE)
+        .override_global(config::CONFIG, &config, true)
+        .load(object::TEST)
+        .context("cannot load the test object")?;
+    for name in ["empty", "whole_uplink", "judge_uplink"] {
+        program(&mut ebpf, name)?.load().with_context(|| format!("the kernel refused {name}"))?;
+    }
+    let mut slots = Box::new(Bytes([0; 1 << 16]));
+    slots.0[LOOPBACK as usize] = 1;
+    Array::<_, Bytes>::try_from(ebpf.map_mut(config::SLOTS_MAP).context("no slots")?)?.set(0, *slots, 0)?;
+    let mut ports = Box::new(Bytes([0; 1 << 16]));
+    ports.0[usize::from(PORT.to_be())] = port_flag::TUNNEL;
+    Array::<_, Bytes>::try_from(ebpf.map_mut(config::PORTS_MAP).context("no ports")?)?.set(0, *ports, 0)?;
+    let device = Device { ifindex: LOOPBACK, ..Device::default() };
+    Array::<_, Device>::try_from(ebpf.map_mut(config::DEVICES_MAP).context("no devices")?)?.set(1, device, 0)?;
+    Ok(ebpf)
+}
+
+fn program<'ebpf>(ebpf: &'ebpf mut Ebpf, name: &str) -> Result<&'ebpf mut SchedClassifier> {
+    Ok(ebpf.program_mut(name).with_context(|| format!("no program {name}"))?.try_into()?)
+}
+
+/// Nanoseconds a run.
+fn run(ebpf: &Ebpf, name: &str, packet: &[u8], cb: [u32; 5]) -> Result<f64> {
+    let program: &SchedClassifier = ebpf.program(name).with_context(|| format!("no program {name}"))?.try_into()?;
+    // struct __sk_buff, include/uapi/linux/bpf.h: cb is at 48.
+    let mut context = [0_u8; 192];
+    for (bytes, word) in context[48..68].chunks_mut(4).zip(cb) {
+        bytes.copy_from_slice(&word.to_ne_bytes());
+    }
+    let options =
+        TestRunOptions { data_in: Some(packet), ctx_in: Some(&context), repeat: REPEAT, ..TestRunOptions::new() };
+    let start = cpu_time()?;
+    let result = program.test_run(options).with_context(|| format!("BPF_PROG_TEST_RUN of {name}"))?;
+    let time = cpu_time()? - start;
+    ensure!(result.return_value.cast_signed() == -1, "{name} returned {}", result.return_value);
+    Ok(time.as_nanos() as f64 / f64::from(REPEAT))
+}
+
+fn cpu_time() -> Result<Duration> {
+    Ok(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?.into())
+}
+
+/// Where the time to readiness goes.
+fn loading(table: &mut Table) -> Result<()> {
+    table.section("loading");
+    let start = Instant::now();
+    let layout = Layout::detect();
+    table.line("offsets from the kernel's BTF", ms(start), "ms", "", Limit::None);
+    let start = Instant::now();
+    let config = Config { csum_chunk: 4096, ..layout.config };
+    let mut ebpf = EbpfLoader::new().btf(None).override_global(config::CONFIG, &config, true).load(object::MAIN)?;
+    table.line("object and maps", ms(start), "ms", "", Limit::None);
+    for name in [config::UPLINK_PROGRAM, config::VXLAN_PROGRAM] {
+        let start = Instant::now();
+        program(&mut ebpf, name)?.load().with_context(|| format!("the kernel refused {name}"))?;
+        let took = ms(start);
+        let info = program(&mut ebpf, name)?.info()?;
+        let verified = info.verified_instruction_count().unwrap_or(0);
+        table.line(
+            &format!("{name}: verified and compiled"),
+            took,
+            "ms",
+            &format!("{verified} insns verified"),
+            Limit::None,
+        );
+    }
+    Ok(())
+}
+
+fn ms(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
+}
