@@ -485,7 +485,7 @@ impl Datagram {
     #[inline(always)]
     fn lco_sum(&self, packet: &impl Packet, csum_start: u32, csum_offset: u32) -> Option<Sum> {
         let headers = packet.sum(self.at, csum_start - self.at)?;
-        let inner = packet.u16(csum_start + csum_offset)?;
+        let inner = packet.u16(csum_start.checked_add(csum_offset)?)?;
         Some(self.pseudo.plus(headers).add_u16(!inner))
     }
 

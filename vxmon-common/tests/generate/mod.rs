@@ -449,6 +449,9 @@ pub fn break_one(rng: &mut Rng, sample: &mut Sample) -> String {
     let word = if rng.chance(50) { rng.pick(&SMALL) } else { any as u16 };
     let (outer, len) = (sample.outer, sample.bytes.len());
     let inner = sample.inner.unwrap_or(outer);
+    if len < outer.l4.max(inner.l4) + 8 {
+        return "nothing, too short by now".to_owned();
+    }
     match rng.below(14) {
         0 => {
             let at = rng.below(len);
@@ -476,9 +479,7 @@ pub fn break_one(rng: &mut Rng, sample: &mut Sample) -> String {
         }
         5 => {
             let place = rng.pick(&[outer, inner]);
-            if place.l4 + 8 <= len {
-                put(&mut sample.bytes, place.l4 + 4, word);
-            }
+            put(&mut sample.bytes, place.l4 + 4, word);
             "a UDP length".to_owned()
         }
         6 => {
