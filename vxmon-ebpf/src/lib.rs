@@ -16,6 +16,10 @@
 
 #![no_std]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
+#![expect(
+    clippy::not_unsafe_ptr_arg_deref,
+    reason = "the pointers are the program's context, for which the verifier vouches at each use"
+)]
 
 pub mod maps;
 pub mod meta;

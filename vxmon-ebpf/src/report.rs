@@ -219,7 +219,7 @@ fn flow(key: &FlowKey) -> Option<*mut FlowCount> {
     }
     let new = FlowCount { count: 0, sent_at_count: 0, sent_ns: 0 };
     // Fails if another CPU was first, which is as good.
-    let _ = FLOWS.insert(key, &new, BPF_NOEXIST);
+    let _ = FLOWS.insert(key, new, BPF_NOEXIST);
     FLOWS.get_ptr_mut(key)
 }
 
