@@ -1,11 +1,48 @@
-//! `cargo xtask bench`.
+//! `cargo xtask bench`: builds and starts the benchmarks of package `vxmon-tests`, and keeps what they print.
 
-use anyhow::{Result, bail};
+use std::{env, fs, path::Path, process::Command};
 
-use crate::{cargo, setup::Scope};
+use anyhow::{Context as _, Result, bail};
+use nix::unistd::Uid;
+
+use crate::{cargo, proc, setup::Scope};
 
 /// Runs it.
 pub fn run() -> Result<()> {
-    let _vxmon = cargo::build(Scope::Everything)?;
-    bail!("the bench is not written yet")
+    let vxmon = cargo::build(Scope::Everything)?;
+    let mut command = cargo::command()?;
+    // As a test, since `cargo bench` would build everything once more, in a profile of its own.
+    command.args(["test", "--release", "--locked", "--quiet", "--package=vxmon-tests", "--bench=cost"]);
+    command.env("VXMON_BIN", &vxmon).env("VXMON_BENCH", "1");
+    if !Uid::effective().is_root() {
+        command.args(["--config", &sudo(&vxmon)?]);
+    }
+    println!();
+    let mut text = String::new();
+    let status = proc::run_lines(&mut command, |line| {
+        println!("{line}");
+        text += line;
+        text.push('\n');
+    })?;
+    let path = vxmon.with_file_name("../bench.txt");
+    fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    proc::check(&command, status).context("not everything could be measured")?;
+    println!("written to target/bench.txt");
+    Ok(())
+}
+
+/// Has cargo start the benchmarks by sudo: they need root, and the build does not.
+fn sudo(vxmon: &Path) -> Result<String> {
+    if proc::output(Command::new("sudo").arg("--version")).is_none() {
+        bail!("not root, and there is no sudo: the benchmarks need one of them");
+    }
+    let words = [
+        "sudo".to_owned(),
+        "env".to_owned(),
+        format!("PATH={}", env::var("PATH")?),
+        format!("VXMON_BIN={}", vxmon.display()),
+        "VXMON_BENCH=1".to_owned(),
+    ];
+    // A JSON array of strings is a TOML one as well.
+    Ok(format!("target.'cfg(target_os = \"linux\")'.runner = {}", serde_json::to_string(&words)?))
 }

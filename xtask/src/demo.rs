@@ -76,8 +76,10 @@ struct Demo {
 
 impl Demo {
     fn start() -> Result<Self> {
-        say("Two network namespaces are two nodes. A VXLAN (flannel.1) joins them over the device `uplink`. Node a has \
-             kube-proxy's NAT rules from before 1.17.9, and a service 10.96.0.10 whose pod, 10.244.2.73, is on node b.");
+        say(
+            "Two network namespaces are two nodes. A VXLAN (flannel.1) joins them over the device `uplink`. Node a has \
+             kube-proxy's NAT rules from before 1.17.9, and a service 10.96.0.10 whose pod, 10.244.2.73, is on node b.",
+        );
         let lab = LabOptions::default().build()?;
         install(&lab, RuleForm::Before1179)?;
         let server = traffic::HttpServer::start(&lab.b, lab.pod_socket(Family::V4))?;
@@ -105,7 +107,9 @@ impl Demo {
         install(&self.lab, RuleForm::Fixed)?;
         self.service_is_fine()?;
 
-        step("the old rules again, and `ethtool -K flannel.1 tx-checksum-ip-generic off`: what to do until the upgrade");
+        step(
+            "the old rules again, and `ethtool -K flannel.1 tx-checksum-ip-generic off`: what to do until the upgrade",
+        );
         self.lab.flush_rules()?;
         install(&self.lab, RuleForm::Before1179)?;
         lab::ethtool(&self.lab.a, &self.lab.options().vxlan, &["tx-checksum-ip-generic", "off"])?;
@@ -214,7 +218,10 @@ impl Demo {
         );
         // Repeats of a flow within a second are counted, not listed: then only the numbers can be compared.
         let same = on_wire == reported || total > reported.len() as u64 && total == on_wire.len() as u64;
-        ensure!(same, "vxmon and tcpdump differ:\nport, seen, expected by tcpdump: {on_wire:x?}\nby vxmon: {reported:x?}");
+        ensure!(
+            same,
+            "vxmon and tcpdump differ:\nport, seen, expected by tcpdump: {on_wire:x?}\nby vxmon: {reported:x?}"
+        );
         ensure!(proved == finished.events.len(), "not every report is proved");
         ensure!(dropped == total, "node b dropped {dropped} packets");
         println!("Each has the port, the checksum and the expected checksum that tcpdump shows.");
