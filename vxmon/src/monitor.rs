@@ -24,8 +24,8 @@ use vxmon_common::{
 };
 
 use crate::{
-    attribute::{Attributor, ConntrackSource, decode},
-    devices::{Plan, Selection, Snapshot, Watch, plan},
+    attribute::{Attributor, ConntrackSource, Decoded, decode},
+    devices::{Plan, Role, Selection, Snapshot, Watch, plan},
     event::{Anomalies, Attached, Detached, DeviceSummary, Line, Lost, LostByStage, Packets, Record, Summary},
     netlink::{
         monitor::{Changes, Monitor, Pace},
@@ -70,6 +70,8 @@ const TICK: Duration = Duration::from_secs(1);
 const BATCH: usize = 256;
 /// How long a slow reader of the output is waited for at the end.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// Devices whose accounts are kept apart.
+const MAX_ACCOUNTS: usize = 256;
 /// When a device is tried again that could not be attached to.
 const RETRY: Duration = Duration::from_millis(250);
 
@@ -82,10 +84,16 @@ pub async fn run(settings: Settings, output: Box<dyn Write + Send>, say: &dyn Fn
     daemon.finish()
 }
 
-/// What a device that is no longer watched has sent.
-struct Past {
-    watch: Watch,
+/// What is kept of a device, watched or no longer.
+struct Account {
+    dev: String,
+    role: &'static str,
+    /// Of the times it was watched before; what it counts now is in the kernel.
     counters: Counters,
+    /// Anomalies reported by a line.
+    reported: u64,
+    /// Anomalies that the kernel program counted under one verdict and that turned out to be of another.
+    renamed: BTreeMap<(Verdict, Verdict), u64>,
 }
 
 struct Daemon<'a> {
@@ -100,11 +108,12 @@ struct Daemon<'a> {
     writer: Option<Writer>,
     broken: crate::sink::writer::Broken,
     metadata: &'static str,
-    past: Vec<Past>,
-    /// By device: anomalies that the kernel program counted under one verdict and that turned out to be of another.
-    renamed: BTreeMap<(u32, Verdict, Verdict), u64>,
-    reported: BTreeMap<u32, u64>,
-    lost_queue: BTreeMap<u32, u64>,
+    /// By interface index.
+    accounts: BTreeMap<u32, Account>,
+    /// By role: the devices whose accounts were closed.
+    earlier: BTreeMap<&'static str, Packets>,
+    reported: u64,
+    lost_queue: u64,
     told_lost: (u64, u64),
     /// Devices that could not be attached to, so that each is complained of once.
     failed: BTreeMap<String, String>,
@@ -112,7 +121,6 @@ struct Daemon<'a> {
     told_notes: Vec<String>,
     waiting: bool,
     started: Instant,
-    names: BTreeMap<u32, String>,
 }
 
 impl<'a> Daemon<'a> {
@@ -153,17 +161,16 @@ impl<'a> Daemon<'a> {
             route,
             writer: Some(writer),
             broken,
-            past: Vec::new(),
-            renamed: BTreeMap::new(),
-            reported: BTreeMap::new(),
-            lost_queue: BTreeMap::new(),
+            accounts: BTreeMap::new(),
+            earlier: BTreeMap::new(),
+            reported: 0,
+            lost_queue: 0,
             told_lost: (0, 0),
             failed: BTreeMap::new(),
             retry_at: None,
             told_notes: Vec::new(),
             waiting: false,
             started: Instant::now(),
-            names: BTreeMap::new(),
         })
     }
 
@@ -237,7 +244,7 @@ impl<'a> Daemon<'a> {
                 Some(wanted) if wanted.role != watch.role || wanted.l2 != watch.l2 => "its kind changed",
                 Some(_) => continue,
             };
-            let counters = self.tc.detach(watch.ifindex)?;
+            self.detach(&watch)?;
             self.write(Record::Detached(Detached {
                 ts: now(),
                 node: self.node.clone(),
@@ -245,9 +252,40 @@ impl<'a> Daemon<'a> {
                 ifindex: watch.ifindex,
                 why,
             }));
-            self.past.push(Past { watch, counters });
         }
+        self.close_accounts();
         Ok(())
+    }
+
+    fn detach(&mut self, watch: &Watch) -> Result<(), TcError> {
+        let counters = self.tc.detach(watch.ifindex)?;
+        self.account(watch.ifindex).counters.add(&counters);
+        Ok(())
+    }
+
+    fn account(&mut self, ifindex: u32) -> &mut Account {
+        let tc = &self.tc;
+        self.accounts.entry(ifindex).or_insert_with(|| {
+            let watch = tc.device(ifindex);
+            Account {
+                dev: watch.map_or_else(|| format!("if{ifindex}"), |watch| watch.name.clone()),
+                role: watch.map_or(Role::Uplink, |watch| watch.role).as_str(),
+                counters: Counters::default(),
+                reported: 0,
+                renamed: BTreeMap::new(),
+            }
+        })
+    }
+
+    /// Closes the accounts of the longest gone devices where a great many came and went.
+    fn close_accounts(&mut self) {
+        while self.accounts.len() > MAX_ACCOUNTS {
+            let gone = self.accounts.keys().copied().find(|ifindex| self.tc.device(*ifindex).is_none());
+            let Some(account) = gone.and_then(|ifindex| self.accounts.remove(&ifindex)) else {
+                return;
+            };
+            add(self.earlier.entry(account.role).or_default(), &packets(&account));
+        }
     }
 
     fn attach(&mut self, watch: &Watch, first: bool) -> Result<()> {
@@ -266,7 +304,9 @@ impl<'a> Daemon<'a> {
             }
         };
         self.failed.remove(&watch.name);
-        self.names.insert(watch.ifindex, watch.name.clone());
+        let account = self.account(watch.ifindex);
+        account.dev.clone_from(&watch.name);
+        account.role = watch.role.as_str();
         self.write(Record::Attached(Attached {
             ts: now(),
             node: self.node.clone(),
@@ -337,7 +377,7 @@ impl<'a> Daemon<'a> {
     }
 
     fn enough(&self) -> bool {
-        self.settings.count.is_some_and(|count| self.reported.values().sum::<u64>() >= count)
+        self.settings.count.is_some_and(|count| self.reported >= count)
     }
 
     /// Handles waiting events; whether none is left, and whether that was enough.
@@ -359,18 +399,20 @@ impl<'a> Daemon<'a> {
         (false, false)
     }
 
-    fn report(&mut self, decoded: &crate::attribute::Decoded) {
+    fn report(&mut self, decoded: &Decoded) {
         let ifindex = decoded.event.ifindex;
-        let device = self.names.get(&ifindex).cloned().unwrap_or_else(|| format!("if{ifindex}"));
+        let device = self.account(ifindex).dev.clone();
         let attributed = self.attributor.attribute(decoded, &device, wall_clock(decoded.event.time_ns));
         if attributed.verdict != attributed.counted {
             let packets = 1 + attributed.anomaly.suppressed;
-            *self.renamed.entry((ifindex, attributed.counted, attributed.verdict)).or_default() += packets;
+            let renamed = &mut self.account(ifindex).renamed;
+            *renamed.entry((attributed.counted, attributed.verdict)).or_default() += packets;
         }
         if self.write(Record::Anomaly(Box::new(attributed.anomaly))) {
-            *self.reported.entry(ifindex).or_default() += 1;
+            self.account(ifindex).reported += 1;
+            self.reported += 1;
         } else {
-            *self.lost_queue.entry(ifindex).or_default() += 1;
+            self.lost_queue += 1;
         }
     }
 
@@ -380,11 +422,12 @@ impl<'a> Daemon<'a> {
     }
 
     fn lost(&self) -> Result<(u64, u64), TcError> {
-        let mut ring: u64 = self.past.iter().map(|past| past.counters.lost_ring).sum();
+        let closed: u64 = self.earlier.values().map(|packets| packets.lost.ring).sum();
+        let mut ring = closed + self.accounts.values().map(|account| account.counters.lost_ring).sum::<u64>();
         for watch in self.tc.watched() {
             ring += self.tc.counters(watch.ifindex)?.lost_ring;
         }
-        Ok((ring, self.lost_queue.values().sum()))
+        Ok((ring, self.lost_queue))
     }
 
     fn tell_lost(&mut self) -> Result<()> {
@@ -403,8 +446,7 @@ impl<'a> Daemon<'a> {
     fn detach_all(&mut self) -> Result<(), TcError> {
         let watched: Vec<Watch> = self.tc.watched().cloned().collect();
         for watch in watched {
-            let counters = self.tc.detach(watch.ifindex)?;
-            self.past.push(Past { watch, counters });
+            self.detach(&watch)?;
         }
         Ok(())
     }
@@ -415,16 +457,14 @@ impl<'a> Daemon<'a> {
         let mut total = Packets::default();
         let mut anomalies = 0;
         let mut devices = Vec::new();
-        for Past { watch, counters } in &self.past {
-            anomalies += counters.anomalies();
-            let packets = self.packets(watch.ifindex, counters);
+        let earlier = self.earlier.iter().map(|(role, packets)| ("(earlier devices)", 0, *role, packets.clone()));
+        let accounts =
+            self.accounts.iter().map(|(ifindex, account)| (&*account.dev, *ifindex, account.role, packets(account)));
+        for (dev, ifindex, role, packets) in earlier.chain(accounts) {
+            let Anomalies { reported, suppressed } = packets.anomalies;
+            anomalies += reported + suppressed + packets.lost.ring + packets.lost.queue;
             add(&mut total, &packets);
-            devices.push(DeviceSummary {
-                dev: watch.name.clone(),
-                ifindex: watch.ifindex,
-                role: watch.role.as_str(),
-                packets,
-            });
+            devices.push(DeviceSummary { dev: dev.to_owned(), ifindex, role, packets });
         }
         let summary = Summary {
             ts: now(),
@@ -439,32 +479,30 @@ impl<'a> Daemon<'a> {
         }
         Ok(anomalies)
     }
+}
 
-    /// A device's counters as the summary shows them.
-    fn packets(&self, ifindex: u32, counters: &Counters) -> Packets {
-        let mut verdicts: BTreeMap<&'static str, u64> =
-            Verdict::ALL.iter().zip(counters.verdicts).map(|(verdict, n)| (verdict.name(), n)).collect();
-        for ((device, from, to), n) in &self.renamed {
-            if *device == ifindex {
-                let moved = (*n).min(verdicts.get(from.name()).copied().unwrap_or(0));
-                *verdicts.entry(from.name()).or_default() -= moved;
-                *verdicts.entry(to.name()).or_default() += moved;
-            }
-        }
-        let of = |map: &BTreeMap<u32, u64>| map.get(&ifindex).copied().unwrap_or(0);
-        Packets {
-            seen: counters.seen(),
-            other: counters.other,
-            counted_above: counters.counted_above,
-            verdicts,
-            unverified: Reason::ALL.iter().zip(counters.unverified).map(|(reason, n)| (reason.name(), n)).collect(),
-            anomalies: Anomalies { reported: of(&self.reported), suppressed: counters.suppressed },
-            lost: LostByStage {
-                ring: counters.lost_ring,
-                // Also what was sent and never read, because enough was seen.
-                queue: counters.sent.saturating_sub(of(&self.reported)),
-            },
-        }
+/// A device's account as the summary shows it.
+fn packets(account: &Account) -> Packets {
+    let counters = &account.counters;
+    let mut verdicts: BTreeMap<&'static str, u64> =
+        Verdict::ALL.iter().zip(counters.verdicts).map(|(verdict, n)| (verdict.name(), n)).collect();
+    for ((from, to), n) in &account.renamed {
+        let moved = (*n).min(verdicts.get(from.name()).copied().unwrap_or(0));
+        *verdicts.entry(from.name()).or_default() -= moved;
+        *verdicts.entry(to.name()).or_default() += moved;
+    }
+    Packets {
+        seen: counters.seen(),
+        other: counters.other,
+        counted_above: counters.counted_above,
+        verdicts,
+        unverified: Reason::ALL.iter().zip(counters.unverified).map(|(reason, n)| (reason.name(), n)).collect(),
+        anomalies: Anomalies { reported: account.reported, suppressed: counters.suppressed },
+        lost: LostByStage {
+            ring: counters.lost_ring,
+            // Also what was sent and never read, because enough was seen.
+            queue: counters.sent.saturating_sub(account.reported),
+        },
     }
 }
 
