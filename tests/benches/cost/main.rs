@@ -20,9 +20,13 @@ fn main() -> Result<()> {
     }
     cleanup::on_interrupt()?;
     let mut table = Table::new();
-    program::measure(&mut table)?;
-    traffic::measure(&mut table)?;
-    daemon::measure(&mut table)?;
+    let parts: [(&str, fn(&mut Table) -> Result<()>); 3] =
+        [("program", program::measure), ("traffic", traffic::measure), ("daemon", daemon::measure)];
+    // One of the three alone, for whoever tunes it.
+    let only = std::env::var("VXMON_BENCH_ONLY").unwrap_or_default();
+    for (_, measure) in parts.iter().filter(|(name, _)| only.is_empty() || only == *name) {
+        measure(&mut table)?;
+    }
     table.end();
     Ok(())
 }
