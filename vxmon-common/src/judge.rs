@@ -357,6 +357,7 @@ fn udp<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip, is_out
         Row::Pending => datagram.pending(),
         Row::Lco => datagram.lco(packet, skb.csum_start, skb.csum_offset),
         Row::Full => datagram.full(packet, surroundings),
+        Row::Segmented => datagram.segmented(),
         Row::Any => datagram.any_reading(packet, surroundings),
     }
 }
@@ -369,6 +370,8 @@ enum Row {
     Pending,
     Lco,
     Full,
+    /// Cut up in software later, and each part summed then.
+    Segmented,
     /// The metadata does not tell.
     Any,
 }
@@ -378,6 +381,7 @@ impl Row {
     fn of(skb: &Skb, udp: u32, length: u32) -> Self {
         match skb.state {
             State::Unknown => Self::Any,
+            State::None | State::Unnecessary | State::Complete if skb.gso_size > 0 => Self::Segmented,
             State::None | State::Unnecessary | State::Complete => Self::Full,
             State::Partial if skb.csum_start == udp => Self::Pending,
             State::Partial if skb.gso_size > 0 => {
@@ -426,6 +430,7 @@ fn l4<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip, check: 
                 datagram.pending()
             }
         }
+        State::None | State::Unnecessary | State::Complete if skb.gso_size > 0 => datagram.segmented(),
         State::None | State::Unnecessary | State::Complete => datagram.full(packet, surroundings),
         State::Partial | State::Unknown => {
             if has_pseudo_header && same(seen, pseudo.fold()) {
@@ -470,6 +475,14 @@ impl Datagram {
     fn pending(&self) -> Outcome {
         let expected = self.pseudo.fold();
         self.found(same(self.seen, expected), Verdict::Pending, expected)
+    }
+
+    /// A packet to be segmented that is not PARTIAL. With `UDP_SEGMENT` on a device without checksum offload the field
+    /// holds the pseudo-header sum (since 6.11: udp_send_skb(), net/ipv4/udp.c, "Don't checksum the payload, skb will get
+    /// segmented"); in a list of packets joined on receipt (SKB_GSO_FRAGLIST) it is the first one's own, final sum.
+    #[inline(always)]
+    fn segmented(&self) -> Outcome {
+        if same(self.seen, self.pseudo.fold()) { self.pending() } else { AMBIGUOUS }
     }
 
     /// The field is final, by Local Checksum Offload: from `csum_start` on, the packet will sum to the complement of
