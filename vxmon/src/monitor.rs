@@ -15,7 +15,7 @@ use jiff::{Timestamp, fmt::temporal::DateTimePrinter};
 use nix::time::{ClockId, clock_gettime};
 use tokio::{
     io::unix::AsyncFd,
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     time::MissedTickBehavior,
 };
 use vxmon_common::{
@@ -77,11 +77,32 @@ const RETRY: Duration = Duration::from_millis(250);
 
 /// Watches until told to end; how many anomalies were seen.
 pub async fn run(settings: Settings, output: Box<dyn Write + Send>, say: &dyn Fn(&str)) -> Result<u64> {
+    // Before anything is attached: a signal's default action would leave it behind.
+    let ends = Ends::listen()?;
     let mut daemon = Daemon::start(settings, output, say)?;
     daemon.follow(None)?;
     daemon.first_words();
-    daemon.watch().await?;
+    daemon.watch(ends).await?;
     daemon.finish()
+}
+
+/// The signals that ask it to end.
+struct Ends {
+    interrupt: Signal,
+    terminate: Signal,
+    hangup: Signal,
+}
+
+impl Ends {
+    /// Catches them from now on.
+    fn listen() -> Result<Self> {
+        let catch = |kind, name: &str| signal(kind).with_context(|| format!("cannot handle {name}"));
+        Ok(Self {
+            interrupt: catch(SignalKind::interrupt(), "SIGINT")?,
+            terminate: catch(SignalKind::terminate(), "SIGTERM")?,
+            hangup: catch(SignalKind::hangup(), "SIGHUP")?,
+        })
+    }
 }
 
 /// What is kept of a device, watched or no longer.
@@ -328,10 +349,7 @@ impl<'a> Daemon<'a> {
     }
 
     /// Until told to end.
-    async fn watch(&mut self) -> Result<()> {
-        let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
-        let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
-        let mut hangup = signal(SignalKind::hangup()).context("cannot handle SIGHUP")?;
+    async fn watch(&mut self, mut ends: Ends) -> Result<()> {
         let until = self.settings.duration.map(|duration| tokio::time::Instant::from_std(self.started) + duration);
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -340,9 +358,9 @@ impl<'a> Daemon<'a> {
         };
         loop {
             tokio::select! {
-                _ = interrupt.recv() => break,
-                _ = terminate.recv() => break,
-                _ = hangup.recv() => break,
+                _ = ends.interrupt.recv() => break,
+                _ = ends.terminate.recv() => break,
+                _ = ends.hangup.recv() => break,
                 () = at(until) => break,
                 error = &mut self.broken => match error {
                     // Who reads the output has seen enough.

@@ -18,7 +18,7 @@ use vxmon_common::config;
 use crate::netlink::{
     self, link,
     socket::{Protocol, Socket},
-    tc::{self, Added, Direction},
+    tc::{self, Added, Direction, Filter},
 };
 
 /// Upper half of the handle of vxmon's filters: "vx".
@@ -57,10 +57,21 @@ fn hold(number: u16) -> io::Result<UnixDatagram> {
     UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(format!("vxmon/clsact/{number}"))?)
 }
 
-/// Makes sure the device has a clsact qdisc; whether it was made now.
+/// Makes sure the device has a clsact qdisc; whether vxmon made it: now, or another one that watches the device too, so
+/// that whoever ends last removes it.
 pub fn prepare(ifindex: u32) -> Result<bool, netlink::Error> {
     let mut socket = Socket::open(Protocol::Route)?;
-    Ok(matches!(tc::clsact_add(&mut socket, ifindex)?, Added::Created))
+    if matches!(tc::clsact_add(&mut socket, ifindex)?, Added::Created) {
+        return Ok(true);
+    }
+    let filters = tc::filters(&mut socket, ifindex, Direction::Egress)?;
+    Ok(filters.iter().any(|filter| is_ours(filter) && filter.handle & 1 == 1))
+}
+
+/// Whether a vxmon made the filter.
+fn is_ours(filter: &Filter) -> bool {
+    filter.handle >> 16 == HANDLE_MAJOR
+        && matches!(filter.name.as_deref(), Some(config::UPLINK_PROGRAM | config::VXLAN_PROGRAM))
 }
 
 /// Removes the qdisc that vxmon made, unless it is in use by others by now.
@@ -84,9 +95,7 @@ pub fn remove_leftovers() -> Result<Vec<String>, netlink::Error> {
         }
         let filters = tc::filters(&mut socket, link.ifindex, Direction::Egress)?;
         for filter in filters {
-            let ours = filter.handle >> 16 == HANDLE_MAJOR
-                && matches!(filter.name.as_deref(), Some(config::UPLINK_PROGRAM | config::VXLAN_PROGRAM));
-            if !ours {
+            if !is_ours(&filter) {
                 continue;
             }
             // Whoever holds the number is alive; and holding it here keeps a new one from taking it meanwhile.
