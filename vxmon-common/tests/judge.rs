@@ -464,6 +464,27 @@ fn a_pseudo_header_without_length_is_right_for_segmentation_only() {
     }
 }
 
+/// `UDP_SEGMENT` on a device without checksum offload: CHECKSUM_NONE, and the pseudo-header sum in the field.
+#[test]
+fn a_packet_to_be_segmented_is_pending_whatever_its_state() {
+    let mut rng = Rng(11);
+    for round in 0..100 {
+        let sample = tcp(&mut rng, Row::Gso, round % 2 == 0);
+        let Some((mut frame, skb, place)) = sample.frame() else { continue };
+        let states = [State::None, State::Unnecessary, State::Complete];
+        let skbs = states.map(|state| Skb { state, csum_start: 0, csum_offset: 0, ..skb });
+        for skb in skbs {
+            assert_eq!(verdict(vxlan_device(&frame, skb)), Verdict::Pending);
+            assert_eq!(verdict(vxlan_device(&frame, Skb { gso_size: 0, ..skb })), Verdict::BadInner);
+        }
+        let sum = get(&frame, place.l4 + 16);
+        put(&mut frame, place.l4 + 16, sum ^ 0x0100);
+        for skb in skbs {
+            assert_eq!(vxlan_device(&frame, skb), Some(Outcome::Unverified(Reason::Ambiguous)));
+        }
+    }
+}
+
 /// ICMP has no pseudo-header, ICMPv6 does.
 #[test]
 fn icmp() {
