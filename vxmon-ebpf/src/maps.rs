@@ -5,7 +5,7 @@ use aya_ebpf::{
     maps::{Array, LruHashMap, PerCpuArray, RingBuf},
 };
 use vxmon_common::{
-    config::{Config, Device, FLOWS as MAX_FLOWS, PORTS as PORT_TABLE, RING, SLOTS as MAX_SLOTS, SLOTS_TABLE},
+    config::{Config, Device, FLOWS as MAX_FLOWS, PORTS as PORT_TABLE, RING, SLOTS as MAX_SLOTS, SLOTS_TABLE, WINDOW},
     conntrack::Endpoints,
     counters::Counters,
     event::{FlowCount, FlowKey},
@@ -65,6 +65,9 @@ pub static EVENTS: RingBuf = RingBuf::with_byte_size(RING, 0);
 /// Where data that is not linear is copied to be summed.
 #[map]
 pub static COPY: PerCpuArray<[u8; COPY_LEN + 4]> = PerCpuArray::with_max_entries(1, 0);
+/// The part of the skb's own fields that is read of the packet at hand.
+#[map]
+pub static SKB_WINDOW: PerCpuArray<[u64; WINDOW / 8]> = PerCpuArray::with_max_entries(1, 0);
 /// The conntrack entry of the packet at hand.
 #[map]
 pub static CONNTRACK: PerCpuArray<Entry> = PerCpuArray::with_max_entries(1, 0);

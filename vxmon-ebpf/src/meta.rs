@@ -13,7 +13,7 @@ use vxmon_common::{
     judge::{Skb, State},
 };
 
-use crate::maps::{CONNTRACK, setting};
+use crate::maps::{CONNTRACK, SKB_WINDOW, setting};
 
 /// # Safety
 /// `T` must be valid for any bytes, and `to` be writable.
@@ -32,15 +32,17 @@ unsafe fn read<T>(address: usize) -> Option<T> {
     unsafe { if read_into(value.as_mut_ptr(), address) { Some(value.assume_init()) } else { None } }
 }
 
-/// Reads what the skb says of its checksum. A function of its own, so that the window is on the stack (512 bytes in all,
-/// MAX_BPF_STACK) only here and once.
-#[inline(never)]
+/// Reads what the skb says of its checksum. Not a function of its own: the return from one is dear where the kernel guards
+/// it against speculation. So the window is in a map, for the stack (512 bytes in all, MAX_BPF_STACK) has no room.
+#[inline(always)]
 pub fn skb(skb: *mut __sk_buff) -> Skb {
     if setting(|config| &config.has_skb) == 0 {
         return Skb::UNKNOWN;
     }
-    let mut window = MaybeUninit::<[u64; WINDOW / 8]>::uninit();
-    let window = window.as_mut_ptr().cast::<u8>();
+    let Some(window) = SKB_WINDOW.get_ptr_mut(0) else {
+        return Skb::UNKNOWN;
+    };
+    let window = window.cast::<u8>();
     let len = setting(|config| &config.window_len);
     if len > WINDOW as u32 {
         return Skb::UNKNOWN;

@@ -16,7 +16,7 @@ use aya_ebpf::{
 };
 use vxmon_common::{
     checksum::Sum,
-    packet::{Ip, Packet, Stop, ip},
+    packet::{ETHERNET, Ip, Packet, Stop, UDP, VXLAN, ethertype, ip},
 };
 
 use crate::maps::{COPY, COPY_LEN, setting};
@@ -111,13 +111,19 @@ fn opaque(mut pointer: usize) -> usize {
     pointer
 }
 
-/// The same number, of which the verifier knows nothing any more: combined twice with one that it does not know.
+/// The same number, of which the verifier knows nothing any more.
 #[inline(always)]
-fn forget(skb: *mut __sk_buff, mut number: u32) -> u32 {
+fn forget(skb: *mut __sk_buff, number: u32) -> u32 {
+    // SAFETY: the context is valid.
+    forget_as(u64::from(number), u64::from(unsafe { (*skb).len })) as u32
+}
+
+/// The same number, of which the verifier knows no more than of `unknown`: it is combined twice with that.
+#[inline(always)]
+fn forget_as(mut number: u64, unknown: u64) -> u64 {
     #[cfg(target_arch = "bpf")]
-    // SAFETY: the context is valid; two moves of bits in a register.
+    // SAFETY: two moves of bits in a register.
     unsafe {
-        let unknown = (*skb).len;
         core::arch::asm!(
             "{number} ^= {unknown}",
             "{number} ^= {unknown}",
@@ -128,8 +134,7 @@ fn forget(skb: *mut __sk_buff, mut number: u32) -> u32 {
     }
     #[cfg(not(target_arch = "bpf"))]
     {
-        let _ = skb;
-        number = core::hint::black_box(number);
+        number = core::hint::black_box(number ^ unknown) ^ unknown;
     }
     number
 }
@@ -160,14 +165,86 @@ impl Packet for SkbPacket {
     fn forget(&self, offset: u32) -> u32 {
         forget(self.skb, offset)
     }
+    /// Without a call where that is possible: a return is dear where the kernel guards it against speculation.
     #[inline(always)]
     fn ip(&self, ethertype: u16, l3: u32) -> Result<Ip, Stop> {
-        Ip::unpack(vxmon_ip(self.skb, u32::from(ethertype), l3), l3)
+        if ethertype != ethertype::IPV4 && ethertype != ethertype::IPV6 {
+            return Err(Stop::NotIp);
+        }
+        let packed = match self.linear(l3, IPV4_HEADER) {
+            Some(data) if ethertype == ethertype::IPV4 => {
+                let packed = Ip::pack(ip(&Piece { data, at: l3, len: IPV4_HEADER }, ethertype::IPV4, l3));
+                // SAFETY: within the piece; alignment as in `load`.
+                forget_as(packed, unsafe { *data.cast::<u64>() })
+            }
+            _ => vxmon_ip(self.skb, u32::from(ethertype), l3),
+        };
+        Ip::unpack(packed, l3)
     }
     #[inline(always)]
     fn sum(&self, at: u32, len: u32) -> Option<Sum> {
+        // From the outer UDP header to the inner L4 header, as Local Checksum Offload needs it of most packets.
+        const TO_INNER_L4: u32 = UDP + VXLAN + ETHERNET + IPV4_HEADER;
+        if len == TO_INNER_L4
+            && let Some(data) = self.linear(at, TO_INNER_L4)
+        {
+            // SAFETY: within the linear part; alignment as in `load`.
+            return Some(unsafe {
+                let mut sum = Sum::ZERO.add_u16(*data.add(TO_INNER_L4 as usize - 2).cast::<u16>());
+                for n in 0..TO_INNER_L4 as usize / 4 {
+                    sum = sum.add_u32(*data.cast::<u32>().add(n));
+                }
+                sum
+            });
+        }
         let sum = vxmon_sum(self.skb, at, len);
         if sum >= FAILED { None } else { Some(Sum::from_bits(sum)) }
+    }
+}
+
+/// Length of an IPv4 header without options.
+const IPV4_HEADER: u32 = 20;
+
+/// A few bytes of the linear part, which the verifier knows to be there: all reads are at constant offsets in it.
+struct Piece {
+    data: *const u8,
+    at: u32,
+    len: u32,
+}
+
+impl Piece {
+    #[inline(always)]
+    fn load<T: Copy>(&self, at: u32) -> Option<T> {
+        let offset = at.wrapping_sub(self.at);
+        // SAFETY: within the piece; alignment as in `SkbPacket::load`.
+        (offset + size_of::<T>() as u32 <= self.len).then(|| unsafe { *self.data.add(offset as usize).cast::<T>() })
+    }
+}
+
+impl Packet for Piece {
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        self.at + self.len
+    }
+    #[inline(always)]
+    fn u8(&self, at: u32) -> Option<u8> {
+        self.load(at)
+    }
+    #[inline(always)]
+    fn u16(&self, at: u32) -> Option<u16> {
+        self.load(at)
+    }
+    #[inline(always)]
+    fn u32(&self, at: u32) -> Option<u32> {
+        self.load(at)
+    }
+    #[inline(always)]
+    fn u64(&self, at: u32) -> Option<u64> {
+        self.load(at)
+    }
+    #[inline(always)]
+    fn sum(&self, _: u32, _: u32) -> Option<Sum> {
+        None
     }
 }
 
@@ -209,7 +286,7 @@ pub extern "C" fn vxmon_sum(skb: *mut __sk_buff, at: u32, len: u32) -> u64 {
             if left < LADDER_TOP {
                 break;
             }
-            sum += sum_exactly::<{ LADDER_TOP / 64 }>(skb, at);
+            sum += sum_inline::<{ LADDER_TOP / 64 }>(skb, at);
             at += LADDER_TOP;
             left -= LADDER_TOP;
         }
@@ -218,7 +295,7 @@ pub extern "C" fn vxmon_sum(skb: *mut __sk_buff, at: u32, len: u32) -> u64 {
             if left < SCRATCHPAD {
                 break;
             }
-            sum += sum_exactly::<{ SCRATCHPAD / 64 }>(skb, at);
+            sum += sum_inline::<{ SCRATCHPAD / 64 }>(skb, at);
             at += SCRATCHPAD;
             left -= SCRATCHPAD;
         }
@@ -271,6 +348,12 @@ fn words<const N: usize>(packet: &SkbPacket, at: u32) -> Option<Sum> {
 /// length would no longer be known to the verifier.
 #[inline(never)]
 fn sum_exactly<const N: u32>(skb: *mut __sk_buff, at: u32) -> u64 {
+    sum_inline::<N>(skb, at)
+}
+
+/// As [`sum_exactly`], where there is one length only.
+#[inline(always)]
+fn sum_inline<const N: u32>(skb: *mut __sk_buff, at: u32) -> u64 {
     match SkbPacket::new(skb).linear(at, 64 * N) {
         // SAFETY: within the linear part.
         Some(data) => unsafe { csum_diff(data, 64 * N) },

@@ -3,7 +3,7 @@
 //! tcx links where the kernel has them (6.6): the kernel removes them with the process, whatever ends it. Elsewhere
 //! filters in the clsact qdisc, which stay: see [`crate::source::clsact`]. Knows nothing of what events mean.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, thread};
 
 use aya::{
     Ebpf, EbpfLoader, Pod, VerifierLogLevel,
@@ -149,9 +149,7 @@ impl Tc {
             .override_global(aya_log::LEVEL, &log_level, true)
             .load(object::MAIN)
             .map_err(|error| refused("object", &error))?;
-        for name in [config::UPLINK_PROGRAM, config::VXLAN_PROGRAM] {
-            program(&mut ebpf, name)?.load().map_err(|error| refused(&format!("program {name}"), &error))?;
-        }
+        load_programs(&mut ebpf)?;
         let log = if log_level > 0 {
             Some(EbpfLogger::init(&mut ebpf).map_err(|error| refused("log", &error))?)
         } else {
@@ -367,6 +365,24 @@ impl Drop for Tc {
             }
         }
     }
+}
+
+/// Loads all programs at once: the verifier takes most of the time until vxmon watches, and works for each on a CPU of its
+/// own (`bpf_check()` in kernel/bpf/verifier.c takes its lock only without CAP_BPF).
+fn load_programs(ebpf: &mut Ebpf) -> Result<(), TcError> {
+    thread::scope(|scope| {
+        let loads: Vec<_> = ebpf
+            .programs_mut()
+            .map(|(name, program)| {
+                let what = format!("program {name}");
+                scope.spawn(move || {
+                    let program: Result<&mut SchedClassifier, ProgramError> = program.try_into();
+                    program.and_then(SchedClassifier::load).map_err(|error| refused(&what, &error))
+                })
+            })
+            .collect();
+        loads.into_iter().try_for_each(|load| load.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })
 }
 
 fn missing(name: &'static str) -> TcError {
