@@ -90,6 +90,9 @@ fn read(path: &Path) -> Result<(u64, Value)> {
     Ok((events, summary))
 }
 
+/// Reads a pipe to its end, as [`read`].
+type Reader = JoinHandle<Result<(u64, Value)>>;
+
 /// Where the daemon writes: a file, or a pipe, in which far more passes than one wants to keep. Removed when dropped.
 struct Output(PathBuf, bool);
 
@@ -110,7 +113,7 @@ impl Output {
     }
 
     /// For a pipe, what reads it while the daemon runs.
-    fn reader(&self) -> Result<Option<JoinHandle<Result<(u64, Value)>>>> {
+    fn reader(&self) -> Result<Option<Reader>> {
         if !self.1 {
             return Ok(None);
         }
