@@ -115,14 +115,24 @@ impl<'a> Rewrite<'a> {
         }
     }
 
-    /// What fault B leaves: the sum that was right for the packet before NAT. `expected` is the right one now, both
-    /// memory order.
+    /// What fault B leaves: the sum that was right for the packet before NAT, plus the change of address, which
+    /// `inet_proto_csum_replace4/16()` adds as if to a pseudo-header sum because the skb is PARTIAL (the right sum would
+    /// have it subtracted), while that of the port is skipped. `expected` is the right one now, both memory order.
     #[inline(always)]
     pub fn stale(&self, expected: u16) -> u16 {
         let Self { before, after } = self;
-        let now = add_addresses(Sum::ZERO, &after.src, &after.dst).add_u16(after.sport).add_u16(after.dport);
-        let then = add_addresses(Sum::ZERO, &before.src, &before.dst).add_u16(before.sport).add_u16(before.dport);
-        then.add_u16(!expected).minus(now).to_check()
+        let now = add_addresses(Sum::ZERO, &after.src, &after.dst);
+        let then = add_addresses(Sum::ZERO, &before.src, &before.dst);
+        let right_then = Sum::ZERO
+            .add_u16(expected)
+            .plus(now)
+            .add_u16(after.sport)
+            .add_u16(after.dport)
+            .minus(then.add_u16(before.sport).add_u16(before.dport));
+        match right_then.plus(now).minus(then).fold() {
+            0 => 0xffff,
+            value => value,
+        }
     }
 }
 
