@@ -3,7 +3,11 @@
 use std::{
     fs::{self, File},
     io::{BufRead, BufReader},
-    path::{Path, PathBuf},
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -20,12 +24,13 @@ use vxmon_tests::{
 };
 
 const MILLION: u64 = 1_000_000;
+const WARM_UP: u64 = 250_000;
 const SLACK: u64 = 1 << 20;
 const MOST: u64 = 20 << 20;
 
-/// Sends a million bad packets of so many flows, and holds the daemon's memory and counts to it. The `warm_up` before it
+/// Sends a million bad packets of so many flows, and holds the daemon's memory and counts to it. What comes before it
 /// fills what is bounded (queues, tables of flows), before memory is compared.
-fn storm(flows: u16, warm_up: u64, output: &Output) -> Result<()> {
+fn storm(flows: u16, output: &Output) -> Result<()> {
     let lab = LabOptions::default().build()?;
     let frames: Vec<Vec<u8>> = (0..flows)
         .map(|flow| {
@@ -37,11 +42,15 @@ fn storm(flows: u16, warm_up: u64, output: &Output) -> Result<()> {
     // Netfilter's egress hook is right ahead of TC's, so this is the number of packets that vxmon had to judge: those that
     // the veth then refused, its receiver being slow, and that were sent again, are in both.
     let counter = GsoCounter::start(&lab.a, "uplink", 0)?;
-    let reader = output.reader()?;
+    let go = Arc::new(AtomicBool::new(false));
+    let reader = output.reader(&go)?;
     let vxmon = Vxmon::attach(&lab.a, &["--format", "json", "--output", output.path()?, "uplink"])?;
     let counted_before = counter.count()?;
     let sender = RawSender::open(&lab.a, "uplink")?;
-    let mut sent = sender.storm(&frames, warm_up)?.sent;
+    // A pipe is not read meanwhile, so that the queue of lines has been full, once, before memory is compared.
+    let mut sent = sender.storm(&frames, WARM_UP)?.sent;
+    settle(&vxmon)?;
+    go.store(true, Ordering::Relaxed);
     settle(&vxmon)?;
     let before = vxmon.resident()?;
     let storm = sender.storm(&frames, MILLION)?;
@@ -53,7 +62,7 @@ fn storm(flows: u16, warm_up: u64, output: &Output) -> Result<()> {
     ensure!(finished.status.success(), "{} {}", finished.status, finished.stderr);
     let (events, summary) = match reader {
         Some(reader) => reader.join().map_err(|_| anyhow!("the reader of the output panicked"))??,
-        None => read(&output.0)?,
+        None => read(File::open(&output.0)?)?,
     };
     let packets = &summary["packets"];
     vxmon_tests::cleanup::note(&format!(
@@ -78,8 +87,7 @@ fn storm(flows: u16, warm_up: u64, output: &Output) -> Result<()> {
 }
 
 /// Counts the anomalies in an output, and gives its last line, the summary.
-fn read(path: &Path) -> Result<(u64, Value)> {
-    let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+fn read(file: File) -> Result<(u64, Value)> {
     let (mut events, mut last) = (0, String::new());
     for line in BufReader::new(file).lines() {
         last = line?;
@@ -112,13 +120,20 @@ impl Output {
         self.0.to_str().context("not UTF-8")
     }
 
-    /// For a pipe, what reads it while the daemon runs.
-    fn reader(&self) -> Result<Option<Reader>> {
+    /// For a pipe, what reads it while the daemon runs, from `go` on.
+    fn reader(&self, go: &Arc<AtomicBool>) -> Result<Option<Reader>> {
         if !self.1 {
             return Ok(None);
         }
-        let path = self.0.clone();
-        Ok(Some(thread::Builder::new().name("reader".to_owned()).spawn(move || read(&path))?))
+        let (path, go) = (self.0.clone(), Arc::clone(go));
+        let wait_and_read = move || {
+            let pipe = File::open(&path)?;
+            while !go.load(Ordering::Relaxed) {
+                thread::sleep(Duration::from_millis(10));
+            }
+            read(pipe)
+        };
+        Ok(Some(thread::Builder::new().name("reader".to_owned()).spawn(wait_and_read)?))
     }
 }
 
@@ -146,7 +161,7 @@ fn a_million_bad_packets_of_few_flows() -> Result<()> {
     if !skip::root_or_skip("a_million_bad_packets_of_few_flows") {
         return Ok(());
     }
-    storm(4, 250_000, &Output::file("few"))
+    storm(4, &Output::file("few"))
 }
 
 #[test]
@@ -154,7 +169,7 @@ fn a_million_bad_packets_of_many_flows() -> Result<()> {
     if !skip::root_or_skip("a_million_bad_packets_of_many_flows") {
         return Ok(());
     }
-    storm(4000, 250_000, &Output::file("many"))
+    storm(4000, &Output::file("many"))
 }
 
 /// More than the kernel program's table of flows holds, so that hardly any is held back: more than can be told, and
@@ -164,5 +179,5 @@ fn a_million_bad_packets_of_more_flows_than_are_remembered() -> Result<()> {
     if !skip::root_or_skip("a_million_bad_packets_of_more_flows_than_are_remembered") {
         return Ok(());
     }
-    storm(50_000, MILLION, &Output::pipe("more")?)
+    storm(50_000, &Output::pipe("more")?)
 }
