@@ -1,6 +1,6 @@
 //! Both NAT faults, made as the kernel makes them, through the judge and to their names.
 
-#![expect(clippy::panic, reason = "a test may fail loudly, in its helpers too")]
+#![expect(clippy::panic, clippy::unwrap_used, reason = "a test may fail loudly, in its helpers too")]
 
 mod generate;
 
