@@ -116,11 +116,15 @@ fn anomaly(skb: *mut __sk_buff, case: &Case) {
         unsafe {
             atomic_add_one(&raw mut (*flow).count);
             number = (*flow).count;
-            if (*flow).sent_ns != 0 && now.wrapping_sub((*flow).sent_ns) < REPEAT_INTERVAL_NS {
+            let (sent_ns, sent_at) = ((*flow).sent_ns, (*flow).sent_at_count);
+            // Another CPU may have sent one since `now` was read.
+            if sent_ns != 0 && now < sent_ns.wrapping_add(REPEAT_INTERVAL_NS) {
                 tally.suppressed();
                 return;
             }
-            suppressed = number.wrapping_sub((*flow).sent_at_count).wrapping_sub(1);
+            if number > sent_at {
+                suppressed = number - sent_at - 1;
+            }
         }
     }
 

@@ -56,7 +56,10 @@ impl Surroundings for Kernel {
     }
     #[inline(always)]
     fn zero_over_ipv6_is_wrong(&self, port: u16) -> bool {
-        Self::port(port) & port_flag::NO_ZERO_IPV6 != 0
+        // What comes from elsewhere (a bridged or routed guest's own tunnel) is not this node's to leave out or not; the
+        // tunnel clears skb_iif of what it makes (skb_scrub_packet(), net/core/skbuff.c).
+        // SAFETY: the context is valid.
+        Self::port(port) & port_flag::NO_ZERO_IPV6 != 0 && unsafe { (*self.skb).ingress_ifindex } == 0
     }
     #[inline(always)]
     fn skb(&self) -> Skb {

@@ -70,6 +70,8 @@ const TICK: Duration = Duration::from_secs(1);
 const BATCH: usize = 256;
 /// How long a slow reader of the output is waited for at the end.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// The longest wait before it is tried again.
+const LONGEST_RETRY: Duration = Duration::from_secs(10);
 /// Devices whose accounts are kept apart.
 const MAX_ACCOUNTS: usize = 256;
 /// When a device is tried again that could not be attached to.
@@ -139,6 +141,9 @@ struct Daemon<'a> {
     /// Devices that could not be attached to, so that each is complained of once.
     failed: BTreeMap<String, String>,
     retry_at: Option<tokio::time::Instant>,
+    retry_after: Duration,
+    /// Who read the output has closed it.
+    reader_gone: bool,
     told_notes: Vec<String>,
     waiting: bool,
     started: Instant,
@@ -165,14 +170,25 @@ impl<'a> Daemon<'a> {
         for device in clsact::remove_leftovers()? {
             say(&format!("vxmon: removed from {device} what a vxmon that was killed had left there"));
         }
-        let mut tc = Tc::load(&layout, settings.hook).with_context(kernel_needs)?;
+        let mut tc = match Tc::load(&layout, settings.hook) {
+            Ok(tc) => tc,
+            // Reading kernel memory may be forbidden (lockdown) where the rest is not.
+            Err(error) if layout.config.has_skb + layout.config.has_conntrack > 0 => {
+                layout.config.has_skb = 0;
+                layout.config.has_conntrack = 0;
+                let tc = Tc::load(&layout, settings.hook).with_context(kernel_needs)?;
+                say(&format!("vxmon: without the skb's metadata and conntrack entry: {error}"));
+                tc
+            }
+            Err(error) => return Err(error).with_context(kernel_needs),
+        };
         // SAFETY: the ring buffer owns its descriptor, which stays open and the same as long as it exists.
         let events = unsafe { AsyncFd::register(tc.events()?) }.context("cannot wait for events")?;
         let (writer, broken) = Writer::start(output).context("cannot start the output thread")?;
         let node = nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         Ok(Self {
             attributor: Attributor::new(node.clone(), settings.conntrack),
-            metadata: if layout.skb.is_ok() { "skb" } else { "none" },
+            metadata: if layout.config.has_skb > 0 { "skb" } else { "none" },
             settings,
             say,
             node,
@@ -189,6 +205,8 @@ impl<'a> Daemon<'a> {
             told_lost: (0, 0),
             failed: BTreeMap::new(),
             retry_at: None,
+            retry_after: RETRY,
+            reader_gone: false,
             told_notes: Vec::new(),
             waiting: false,
             started: Instant::now(),
@@ -228,6 +246,13 @@ impl<'a> Daemon<'a> {
                 Some(_) => self.tc.update(watch)?,
                 None => self.attach(watch, first)?,
             }
+        }
+        self.retry_after = if self.failed.is_empty() { RETRY } else { (self.retry_after * 2).min(LONGEST_RETRY) };
+        if first && !plan.watches.is_empty() && self.tc.watched().next().is_none() {
+            bail!(
+                "none of the devices can be watched: {}",
+                self.failed.values().cloned().collect::<Vec<_>>().join("; ")
+            );
         }
         for note in &plan.notes {
             if !self.told_notes.contains(note) {
@@ -278,6 +303,22 @@ impl<'a> Daemon<'a> {
         Ok(())
     }
 
+    /// Attaches again where somebody else removed the filter.
+    fn heal(&mut self) -> Result<()> {
+        for watch in self.tc.unhooked() {
+            self.detach(&watch)?;
+            self.write(Record::Detached(Detached {
+                ts: now(),
+                node: self.node.clone(),
+                dev: watch.name.clone(),
+                ifindex: watch.ifindex,
+                why: "somebody removed the filter",
+            }));
+            self.attach(&watch, false)?;
+        }
+        Ok(())
+    }
+
     fn detach(&mut self, watch: &Watch) -> Result<(), TcError> {
         let counters = self.tc.detach(watch.ifindex)?;
         self.account(watch.ifindex).counters.add(&counters);
@@ -320,7 +361,7 @@ impl<'a> Daemon<'a> {
                     (self.say)(&format!("vxmon: {text}"));
                     self.failed.insert(watch.name.clone(), text);
                 }
-                self.retry_at = Some(tokio::time::Instant::now() + RETRY);
+                self.retry_at = Some(tokio::time::Instant::now() + self.retry_after);
                 return Ok(());
             }
         };
@@ -364,7 +405,10 @@ impl<'a> Daemon<'a> {
                 () = at(until) => break,
                 error = &mut self.broken => match error {
                     // Who reads the output has seen enough.
-                    Ok(error) if error.kind() == std::io::ErrorKind::BrokenPipe => break,
+                    Ok(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+                        self.reader_gone = true;
+                        break;
+                    }
                     Ok(error) => return Err(error).context("cannot write the output"),
                     Err(_) => break,
                 },
@@ -383,7 +427,10 @@ impl<'a> Daemon<'a> {
                     self.follow(Some(&changes))?;
                 }
                 () = at(self.retry_at) => self.follow(Some(&Changes::default()))?,
-                _ = tick.tick() => self.tell_lost()?,
+                _ = tick.tick() => {
+                    self.heal()?;
+                    self.tell_lost()?;
+                }
             }
         }
         self.detach_all()?;
@@ -422,7 +469,7 @@ impl<'a> Daemon<'a> {
         let device = self.account(ifindex).dev.clone();
         let attributed = self.attributor.attribute(decoded, &device, wall_clock(decoded.event.time_ns));
         if attributed.verdict != attributed.counted {
-            let packets = 1 + attributed.anomaly.suppressed;
+            let packets = attributed.anomaly.suppressed.saturating_add(1);
             let renamed = &mut self.account(ifindex).renamed;
             *renamed.entry((attributed.counted, attributed.verdict)).or_default() += packets;
         }
@@ -492,8 +539,9 @@ impl<'a> Daemon<'a> {
             seconds: (self.started.elapsed().as_secs_f64() * 1000.0).round() / 1000.0,
         };
         let line = render(self.settings.format, &Line::from(Record::Summary(summary)));
-        if let Some(writer) = self.writer.take() {
-            writer.finish(line, PATIENCE);
+        let written = self.writer.take().is_some_and(|writer| writer.finish(line, PATIENCE));
+        if !written && !self.reader_gone {
+            bail!("the last lines, the summary among them, could not be written: the output is full or is not read");
         }
         Ok(anomalies)
     }

@@ -83,8 +83,10 @@ enum ConntrackArg {
 fn duration(text: &str) -> Result<Duration, String> {
     let seconds = text.parse::<u64>().ok().map(Duration::from_secs);
     let parsed = seconds.or_else(|| text.parse::<jiff::SignedDuration>().ok().and_then(|d| d.try_into().ok()));
+    /// Longer than that, a sum with the time of day could overflow.
+    const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
     match parsed {
-        Some(duration) if duration > Duration::ZERO => Ok(duration),
+        Some(duration) if duration > Duration::ZERO && duration <= LONGEST => Ok(duration),
         _ => Err("not a duration such as 30s, 5m or 1h30m".to_owned()),
     }
 }
@@ -161,7 +163,7 @@ mod tests {
         assert_eq!(duration("1h30m"), Ok(Duration::from_secs(5400)));
         assert_eq!(duration("45"), Ok(Duration::from_secs(45)));
         assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
-        for bad in ["", "0s", "-5s", "soon", "5 parsecs"] {
+        for bad in ["", "0s", "-5s", "18446744073709551615", "soon", "5 parsecs"] {
             assert!(duration(bad).is_err(), "{bad}");
         }
     }

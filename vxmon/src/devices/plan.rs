@@ -121,6 +121,15 @@ pub fn plan(snapshot: &Snapshot, selection: &Selection) -> Plan {
     let mut notes = snapshot.notes.clone();
     if *selection == Selection::Auto {
         notes.extend(uplinks.values().flat_map(|uplinks| uplinks.notes.iter().cloned()));
+    } else {
+        let has_uplink = watches.iter().any(|watch| watch.role == Role::Uplink);
+        notes.extend(watches.iter().filter(|watch| watch.role == Role::Vxlan && !has_uplink).map(|watch| {
+            format!(
+                "{} shows only what goes into the tunnel; outer checksums are judged where packets leave: name the \
+                 uplink too, or no device at all",
+                watch.name
+            )
+        }));
     }
     Plan {
         watches,
@@ -188,9 +197,13 @@ fn set_above(snapshot: &Snapshot, watches: &mut [Watch]) {
 
 fn ports(snapshot: &Snapshot) -> BTreeMap<u16, bool> {
     let mut ports = BTreeMap::new();
-    for (_, vxlan) in snapshot.vxlans() {
+    for (link, vxlan) in snapshot.vxlans() {
         let is_wrong = !vxlan.zero_csum6_tx && !vxlan.external;
-        ports.entry(vxlan.port).and_modify(|all| *all &= is_wrong).or_insert(is_wrong);
+        // A forwarding entry can have a port of its own (bridge fdb … dst ADDRESS port PORT).
+        let entries = snapshot.fdb.get(&link.ifindex).map(Vec::as_slice).unwrap_or_default();
+        for port in std::iter::once(vxlan.port).chain(entries.iter().filter_map(|entry| entry.port)) {
+            ports.entry(port).and_modify(|all| *all &= is_wrong).or_insert(is_wrong);
+        }
     }
     ports
 }

@@ -13,6 +13,7 @@ use std::{
     },
 };
 
+use nix::errno::Errno;
 use vxmon_common::config;
 
 use crate::netlink::{
@@ -74,6 +75,13 @@ fn is_ours(filter: &Filter) -> bool {
         && matches!(filter.name.as_deref(), Some(config::UPLINK_PROGRAM | config::VXLAN_PROGRAM))
 }
 
+/// Whether a filter of vxmon's is there. Yes where that cannot be found out: a device that vanished is noticed elsewhere.
+pub fn holds(ifindex: u32) -> bool {
+    Socket::open(Protocol::Route)
+        .and_then(|mut socket| tc::filters(&mut socket, ifindex, Direction::Egress))
+        .map_or(true, |filters| filters.iter().any(is_ours))
+}
+
 /// Removes the qdisc that vxmon made, unless it is in use by others by now.
 pub fn tidy(ifindex: u32, made_clsact: bool) {
     if !made_clsact {
@@ -90,11 +98,21 @@ pub fn remove_leftovers() -> Result<Vec<String>, netlink::Error> {
     let mut socket = Socket::open(Protocol::Route)?;
     let mut cleaned = Vec::new();
     for link in link::links(&mut socket)? {
-        if !tc::clsact_exists(&mut socket, link.ifindex)? {
-            continue;
+        match remove_leftovers_of(&mut socket, link.ifindex) {
+            Ok(true) => cleaned.push(link.name),
+            Ok(false) => {}
+            // The device, or the filter, has vanished meanwhile.
+            Err(error) if matches!(error.errno(), Some(Errno::ENODEV | Errno::ENOENT | Errno::EINVAL)) => {}
+            Err(error) => return Err(error),
         }
-        let filters = tc::filters(&mut socket, link.ifindex, Direction::Egress)?;
-        for filter in filters {
+    }
+    Ok(cleaned)
+}
+
+fn remove_leftovers_of(socket: &mut Socket, ifindex: u32) -> Result<bool, netlink::Error> {
+    let mut removed = false;
+    if tc::clsact_exists(socket, ifindex)? {
+        for filter in tc::filters(socket, ifindex, Direction::Egress)? {
             if !is_ours(&filter) {
                 continue;
             }
@@ -103,12 +121,12 @@ pub fn remove_leftovers() -> Result<Vec<String>, netlink::Error> {
                 continue;
             };
             let (priority, handle, protocol) = (filter.priority, filter.handle, filter.protocol);
-            tc::filter_del(&mut socket, link.ifindex, Direction::Egress, priority, handle, protocol)?;
+            tc::filter_del(socket, ifindex, Direction::Egress, priority, handle, protocol)?;
             if handle & 1 == 1 {
-                tc::clsact_del_if_unused(&mut socket, link.ifindex)?;
+                tc::clsact_del_if_unused(socket, ifindex)?;
             }
-            cleaned.push(link.name.clone());
+            removed = true;
         }
     }
-    Ok(cleaned)
+    Ok(removed)
 }

@@ -93,6 +93,9 @@ impl Attachment {
     }
 }
 
+/// The last priority tried for a filter in the clsact qdisc.
+const LAST_PRIORITY: u16 = 16;
+
 /// A table of one byte for each 16-bit number: a map with one value.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
@@ -245,6 +248,10 @@ impl Tc {
             Role::Uplink => config::UPLINK_PROGRAM,
             Role::Vxlan => config::VXLAN_PROGRAM,
         };
+        // aya attaches by name, and the slot is by index: a device renamed or made anew since the look is not the one.
+        if nix::net::if_::if_nametoindex(watch.name.as_str()) != Ok(watch.ifindex) {
+            return Err(TcError::Attach { device: watch.name.clone(), reason: "it has just changed".into() });
+        }
         if self.hook != Hook::Clsact {
             // First in the chain: what a program ahead decides could end it.
             let options = TcAttachOptions::TcxOrder(LinkOrder::first());
@@ -259,14 +266,20 @@ impl Tc {
             None => self.instance.insert(clsact::Instance::claim().map_err(TcError::Instance)?),
         };
         let made_clsact = clsact::prepare(watch.ifindex)?;
-        let options = NlOptions { priority: 1, handle: instance.handle(made_clsact).into(), ..NlOptions::default() };
-        let link = program(&mut self.ebpf, name)?
-            .attach_with_options(&watch.name, TcAttachType::Egress, TcAttachOptions::Netlink(options))
-            .map_err(|error| {
-                clsact::tidy(watch.ifindex, made_clsact);
-                failed(error)
-            })?;
-        Ok((link, Attachment::Clsact, made_clsact))
+        let handle = instance.handle(made_clsact);
+        let program = program(&mut self.ebpf, name)?;
+        let mut result = Err(TcError::TooMany);
+        // A priority belongs to one kind of filter and one protocol; where others have the first, the next free one.
+        for priority in 1..=LAST_PRIORITY {
+            let options = NlOptions { priority, handle: handle.into(), ..NlOptions::default() };
+            let options = TcAttachOptions::Netlink(options);
+            match program.attach_with_options(&watch.name, TcAttachType::Egress, options) {
+                Ok(link) => return Ok((link, Attachment::Clsact, made_clsact)),
+                Err(error) => result = Err(failed(error)),
+            }
+        }
+        clsact::tidy(watch.ifindex, made_clsact);
+        result
     }
 
     /// Stops watching a device, and gives its counters.
@@ -321,6 +334,12 @@ impl Tc {
         let zeros = aya::maps::PerCpuValues::try_from(vec![Counters::default(); cpus])
             .map_err(|error| failed(MapError::IoError(error)))?;
         counters.set(slot, zeros, 0).map_err(failed)
+    }
+
+    /// Devices whose filter somebody else has removed, with the clsact qdisc or alone. (Nobody can remove a tcx link.)
+    pub fn unhooked(&self) -> Vec<Watch> {
+        let by_filter = self.slots.values().filter(|slot| slot.attachment == Attachment::Clsact);
+        by_filter.filter(|slot| !clsact::holds(slot.watch.ifindex)).map(|slot| slot.watch.clone()).collect()
     }
 
     /// Takes up what changed about a device that stays attached: what lies on it.
