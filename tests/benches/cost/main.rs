@@ -13,6 +13,9 @@ use vxmon_tests::cleanup;
 
 use crate::table::Table;
 
+/// A part of the benchmark: measures, and adds its lines.
+type Part = fn(&mut Table) -> Result<()>;
+
 fn main() -> Result<()> {
     // `cargo test --all-targets` starts every bench; without its driver this one has nothing to say.
     if std::env::var_os("VXMON_BENCH").is_none() {
@@ -20,7 +23,7 @@ fn main() -> Result<()> {
     }
     cleanup::on_interrupt()?;
     let mut table = Table::new();
-    let parts: [(&str, fn(&mut Table) -> Result<()>); 3] =
+    let parts: [(&str, Part); 3] =
         [("program", program::measure), ("traffic", traffic::measure), ("daemon", daemon::measure)];
     // One of the three alone, for whoever tunes it.
     let only = std::env::var("VXMON_BENCH_ONLY").unwrap_or_default();

@@ -25,7 +25,7 @@ impl Runs {
     }
 }
 
-/// The programs that a process holds, by the id that the kernel gave them, lowest (loaded first) first.
+/// The programs that a process holds, by the id that the kernel gave them.
 pub fn of_process(pid: u32) -> Result<BTreeMap<u32, Runs>> {
     let dir = format!("/proc/{pid}/fdinfo");
     let mut programs = BTreeMap::new();
