@@ -124,7 +124,7 @@ fn lco() -> Vec<u8> {
 fn load(config: Config) -> Result<Ebpf> {
     let mut ebpf = EbpfLoader::new()
         .btf(None)
-        .verifier_log_level(VerifierLogLevel::DEBUG)
+        .verifier_log_level(VerifierLogLevel::DISABLE)
         .override_global(config::CONFIG, &config, true)
         .load(object::TEST)
         .context("cannot load the test object")?;
