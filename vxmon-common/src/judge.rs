@@ -332,13 +332,7 @@ fn udp<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip, is_out
         Err(outcome) => return outcome,
     };
     let length = match u32::from(u16::from_be(length)) {
-        // BIG TCP: the length does not fit its field, but the pseudo-header has all of it (udp_tunnel_xmit_skb()).
-        length if available > MAX_IP => {
-            if length != 0 && length != available & MAX_IP {
-                return AMBIGUOUS;
-            }
-            available
-        }
+        0 if available > MAX_IP => available,
         length if length < UDP || length > available => return MALFORMED,
         length => length,
     };
@@ -588,7 +582,9 @@ impl Inner {
 
     #[inline(always)]
     fn is_final(&self, packet: &impl Packet) -> bool {
-        // An inner UDP checksum of 0 shows nothing: what is inside it, a tunnel perhaps, may be the pending part.
-        self.length <= MAX_IP && packet.sum(self.at, self.length).is_some_and(|sum| self.pseudo.plus(sum).is_all_ones())
+        let unused = self.seen == 0 && self.check == UDP_CHECK; // RFC 768: 0 means none
+        unused
+            || self.length <= MAX_IP
+                && packet.sum(self.at, self.length).is_some_and(|sum| self.pseudo.plus(sum).is_all_ones())
     }
 }
