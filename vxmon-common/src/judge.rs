@@ -332,7 +332,8 @@ fn udp<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip, is_out
         Err(outcome) => return outcome,
     };
     let length = match u32::from(u16::from_be(length)) {
-        0 if available > MAX_IP => available,
+        // BIG TCP: the length does not fit its field, but the pseudo-header has all of it (udp_tunnel_xmit_skb()).
+        length if available > MAX_IP && (length == 0 || length == available & MAX_IP) => available,
         length if length < UDP || length > available => return MALFORMED,
         length => length,
     };
