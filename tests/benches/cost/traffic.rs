@@ -120,14 +120,14 @@ fn counted(
     let (ours, empty) = (watching()?.since(before.0), stats::of_fd(nothing)?.since(before.1));
     drop(counting);
     let finished = vxmon.stop()?;
-    // Otherwise it would be something else that was measured.
+    // Otherwise it would be something else that was measured. (How many of a bulk transfer's packets are one segment varies.)
     let packets = finished.summary["devices"]
         .as_array()
         .and_then(|devices| devices.iter().find(|summary| summary["dev"] == *device))
         .map_or(&Value::Null, |summary| &summary["packets"]);
     let (of, seen) = (packets["verdicts"][verdict].as_u64(), packets["seen"].as_u64());
     let share = 100.0 * of.unwrap_or(0) as f64 / seen.unwrap_or(0) as f64;
-    ensure!(share > 60.0, "{what}: only {share:.0} % of the packets are {verdict}: {packets}");
+    ensure!(share > 30.0, "{what}: only {share:.0} % of the packets are {verdict}: {packets}");
     let baseline = format!("empty {:.1} ns", empty.mean());
     table.line(what, ours.mean() - empty.mean(), "ns", &baseline, Limit::AtMost(limit));
     table.note(&format!("{} packets, {share:.1} % of them {verdict}", ours.count));
