@@ -158,16 +158,79 @@ pub struct Ct {
     pub source: &'static str,
 }
 
-/// The NAT of the outer packet.
-#[derive(Clone, Debug, Serialize, JsonSchema)]
+/// The NAT of the outer packet. Fields after `backend` are left out where there is nothing to say.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Nat {
-    /// How it is known that `--random-fully` chose the port: `observed`, `rule`, `port-rewritten`, `no` or `unknown`.
+    /// How it is known that `--random-fully` chose the port: `observed` in the kernel as it happened; `rule`: a live rule
+    /// with random-fully is the one that this packet's connection reached; `port-rewritten`: the port was rewritten, and
+    /// `reason` says why no rule is named for it; `no`: the port was not rewritten, or by a rule without random-fully;
+    /// `unknown`.
     #[schemars(extend("enum" = ["observed", "rule", "port-rewritten", "no", "unknown"]))]
     pub random_fully: &'static str,
     /// The rule, as one would type it.
     pub rule: Option<String>,
     /// Where the rule lives: `iptables-legacy`, `iptables-nft` or `nftables`.
+    #[schemars(extend("enum" = ["iptables-legacy", "iptables-nft", "nftables", null]))]
     pub backend: Option<&'static str>,
+    /// The rule's table, with its family: `ip nat`, `ip6 nat`, `inet fw`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub table: Option<String>,
+    /// The rule's chain.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chain: Option<String>,
+    /// The rule's number in its chain, from 1, as `iptables -L --line-numbers` counts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub position: Option<u32>,
+    /// The rule's handle, as `nft -a list ruleset` shows it; iptables-legacy has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub handle: Option<u64>,
+    /// Why no rule is named, where one should be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// The bits of `skb->mark` for which the rule takes the packet, hexadecimal: they were set on the inner packet and
+    /// survived its encapsulation. The packet may have lost them since: rules can clear a mark as they masquerade.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mark: Option<String>,
+    /// Why the outer packet was masqueraded at all. `mark-not-cleared`: no rule clears the mark (kube-proxy before
+    /// 1.16.13, 1.17.9, 1.18.6). `old-rule-first`: `cleared_by` does, but the rule named comes before it. `snat-ahead`:
+    /// `cleared_by` does, but `ahead` ended the inner packet's way before it. `unclear`: `cleared_by` does, and nothing
+    /// found keeps the inner packet from it. `no-mark`: the rule does not look at the mark.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("enum" = ["mark-not-cleared", "old-rule-first", "snat-ahead", "unclear", "no-mark", null]))]
+    pub why: Option<&'static str>,
+    /// The rules that set these bits.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub set_by: Vec<NatRule>,
+    /// The rule that clears these bits in POSTROUTING.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cleared_by: Option<NatRule>,
+    /// The rule because of which the inner packet does not get to `cleared_by`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ahead: Option<NatRule>,
+    /// The rules of which it may be any, if it cannot be told which.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub candidates: Vec<NatRule>,
+    /// Rules on the packet's way with a part that vxmon cannot read or evaluate.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub unknown: Vec<NatRule>,
+}
+
+/// A rule, and where it stands.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct NatRule {
+    /// The rule, as one would type it.
+    pub rule: String,
+    /// `iptables-legacy`, `iptables-nft` or `nftables`.
+    #[schemars(extend("enum" = ["iptables-legacy", "iptables-nft", "nftables"]))]
+    pub backend: &'static str,
+    /// The table, with its family.
+    pub table: String,
+    /// The chain.
+    pub chain: String,
+    /// Its number in the chain, from 1.
+    pub position: u32,
+    /// Its handle; null in iptables-legacy.
+    pub handle: Option<u64>,
 }
 
 /// Why the checksum is wrong.

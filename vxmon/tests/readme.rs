@@ -15,7 +15,7 @@ use support::{Schema, read};
 use vxmon::{
     event::{
         Anomalies, Anomaly, Attached, Cause, Csum, Ct, DeviceSummary, Endpoints, Flow, Inner, Line, LostByStage, Nat,
-        Packets, Record, Summary,
+        NatRule, Packets, Record, Summary,
     },
     sink::{Format, render},
 };
@@ -248,6 +248,40 @@ fn endpoints(value: &Value) -> Endpoints {
     }
 }
 
+fn nat_rule(value: &Value) -> NatRule {
+    NatRule {
+        rule: text(&value["rule"]),
+        backend: leak(&value["backend"]),
+        table: text(&value["table"]),
+        chain: text(&value["chain"]),
+        position: number(&value["position"]),
+        handle: value["handle"].as_u64(),
+    }
+}
+
+fn nat(value: &Value) -> Nat {
+    let some = |field: &str| value[field].as_str().map(str::to_owned);
+    let rule = |field: &str| value.get(field).map(nat_rule);
+    let rules = |field: &str| value[field].as_array().into_iter().flatten().map(nat_rule).collect();
+    Nat {
+        random_fully: leak(&value["random_fully"]),
+        rule: some("rule"),
+        backend: value["backend"].as_str().map(|backend| &*backend.to_owned().leak()),
+        table: some("table"),
+        chain: some("chain"),
+        position: value.get("position").map(number),
+        handle: value["handle"].as_u64(),
+        reason: some("reason"),
+        mark: some("mark"),
+        why: value["why"].as_str().map(|why| &*why.to_owned().leak()),
+        set_by: rules("set_by"),
+        cleared_by: rule("cleared_by"),
+        ahead: rule("ahead"),
+        candidates: rules("candidates"),
+        unknown: rules("unknown"),
+    }
+}
+
 fn anomaly(value: &Value) -> Record {
     let (csum, inner, ct, nat) = (&value["csum"], &value["inner"], &value["ct"], &value["nat"]);
     Record::Anomaly(Box::new(Anomaly {
@@ -282,7 +316,7 @@ fn anomaly(value: &Value) -> Record {
             status: ct["status"].as_array().unwrap().iter().map(leak).collect(),
             source: leak(&ct["source"]),
         }),
-        nat: Some(Nat { random_fully: leak(&nat["random_fully"]), rule: None, backend: None }),
+        nat: Some(self::nat(nat)),
         cause: Some(Cause {
             predicted: value["cause"]["predicted"].as_str().map(str::to_owned),
             proved: value["cause"]["proved"] == true,

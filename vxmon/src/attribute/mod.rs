@@ -135,8 +135,7 @@ impl Attributor {
             let source_nat = ct.status.contains(&"src-nat");
             event::Nat {
                 random_fully: if source_nat && rewritten_port { "port-rewritten" } else { "no" },
-                rule: None,
-                backend: None,
+                ..event::Nat::default()
             }
         });
         if nat.is_none() {
