@@ -1,7 +1,7 @@
 //! The daemon's loop: devices come and go, events arrive, counters add up, and at the end comes the summary.
 //!
-//! One thread does all of it but the writing ([`crate::sink::writer`]). Events wait in the ring buffer, which is the only
-//! queue before the output's. Nothing here knows how packets are judged.
+//! One thread does all of it but the writing ([`crate::sink::writer`]). Events wait in what carries them
+//! ([`crate::source::events`]), which is the only queue before the output's. Nothing here knows how packets are judged.
 
 use std::{
     collections::BTreeMap,
@@ -10,11 +10,9 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use aya::maps::{MapData, RingBuf};
 use jiff::{Timestamp, fmt::temporal::DateTimePrinter};
 use nix::time::{ClockId, clock_gettime};
 use tokio::{
-    io::unix::AsyncFd,
     signal::unix::{Signal, SignalKind, signal},
     time::MissedTickBehavior,
 };
@@ -24,7 +22,7 @@ use vxmon_common::{
 };
 
 use crate::{
-    attribute::{Attributor, ConntrackSource, Decoded, decode},
+    attribute::{Attributor, ConntrackSource, Decoded},
     devices::{Plan, Role, Selection, Snapshot, Watch, plan},
     event::{Anomalies, Attached, Detached, DeviceSummary, Line, Lost, LostByStage, Packets, Record, Summary},
     netlink::{
@@ -33,9 +31,9 @@ use crate::{
     },
     sink::{Format, render, writer::Writer},
     source::{
-        btf::Layout,
-        clsact,
-        tc::{Attachment, Hook, Tc, TcError},
+        engine::{Engine, EngineError},
+        events::Events,
+        start::{self, Choice},
     },
 };
 
@@ -46,20 +44,16 @@ pub struct Settings {
     pub selection: Selection,
     /// More UDP ports of tunnel packets, host byte order.
     pub ports: Vec<u16>,
-    /// Sum the payload of one in so many packets.
-    pub sample: u32,
     /// How to write events.
     pub format: Format,
     /// When to end.
     pub duration: Option<Duration>,
     /// After how many reported anomalies to end.
     pub count: Option<u64>,
-    /// How to attach.
-    pub hook: Hook,
+    /// How to watch.
+    pub engine: Choice,
     /// Where conntrack entries come from.
     pub conntrack: ConntrackSource,
-    /// Whether to use the kernel's BTF.
-    pub btf: bool,
 }
 
 /// UDP ports of VXLAN: IANA's, and Linux's own from before there was one, which flannel uses.
@@ -123,14 +117,13 @@ struct Daemon<'a> {
     settings: Settings,
     say: &'a dyn Fn(&str),
     node: String,
-    tc: Tc,
-    events: Option<AsyncFd<RingBuf<MapData>>>,
+    engine: Box<dyn Engine>,
+    events: Option<Events>,
     monitor: Monitor,
     route: Socket,
     attributor: Attributor,
     writer: Option<Writer>,
     broken: crate::sink::writer::Broken,
-    metadata: &'static str,
     /// By interface index.
     accounts: BTreeMap<u32, Account>,
     /// By role: the devices whose accounts were closed.
@@ -154,45 +147,16 @@ impl<'a> Daemon<'a> {
         // Before the first look at the devices, so that nothing slips through between.
         let monitor = Monitor::open(Pace::default())?;
         let route = Socket::open(Protocol::Route)?;
-        let mut layout = if settings.btf { Layout::detect() } else { Layout::without("not used, as asked for") };
-        layout.config.sample = settings.sample;
-        layout.config.csum_chunk = csum_chunk();
-        if settings.conntrack == ConntrackSource::Netlink {
-            layout.config.has_conntrack = 0;
-        }
-        if let Err(error) = &layout.skb {
-            say(&format!(
-                "vxmon: without the skb's metadata ({error}), so any checksum that is right by some reading is accepted"
-            ));
-        } else if let Err(error) = &layout.conntrack {
-            say(&format!("vxmon: conntrack entries are looked up by netlink ({error})"));
-        }
-        for device in clsact::remove_leftovers()? {
-            say(&format!("vxmon: removed from {device} what a vxmon that was killed had left there"));
-        }
-        let mut tc = match Tc::load(&layout, settings.hook) {
-            Ok(tc) => tc,
-            // Reading kernel memory may be forbidden (lockdown) where the rest is not.
-            Err(error) if layout.config.has_skb + layout.config.has_conntrack > 0 => {
-                layout.config.has_skb = 0;
-                layout.config.has_conntrack = 0;
-                let tc = Tc::load(&layout, settings.hook).with_context(kernel_needs)?;
-                say(&format!("vxmon: without the skb's metadata and conntrack entry: {error}"));
-                tc
-            }
-            Err(error) => return Err(error).with_context(kernel_needs),
-        };
-        // SAFETY: the ring buffer owns its descriptor, which stays open and the same as long as it exists.
-        let events = unsafe { AsyncFd::register(tc.events()?) }.context("cannot wait for events")?;
+        let mut engine = start::start(&settings.engine, say)?;
+        let events = engine.events()?;
         let (writer, broken) = Writer::start(output).context("cannot start the output thread")?;
         let node = nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         Ok(Self {
             attributor: Attributor::new(node.clone(), settings.conntrack),
-            metadata: if layout.config.has_skb > 0 { "skb" } else { "none" },
             settings,
             say,
             node,
-            tc,
+            engine,
             events: Some(events),
             monitor,
             route,
@@ -241,14 +205,14 @@ impl<'a> Daemon<'a> {
         let mut wanted: Vec<&Watch> = plan.watches.iter().collect();
         wanted.sort_by_key(|watch| watch.above.len());
         for watch in wanted {
-            match self.tc.device(watch.ifindex) {
+            match self.engine.device(watch.ifindex) {
                 Some(known) if known == watch => {}
-                Some(_) => self.tc.update(watch)?,
+                Some(_) => self.engine.update(watch)?,
                 None => self.attach(watch, first)?,
             }
         }
         self.retry_after = if self.failed.is_empty() { RETRY } else { (self.retry_after * 2).min(LONGEST_RETRY) };
-        if first && !plan.watches.is_empty() && self.tc.watched().next().is_none() {
+        if first && !plan.watches.is_empty() && self.engine.watched().is_empty() {
             bail!(
                 "none of the devices can be watched: {}",
                 self.failed.values().cloned().collect::<Vec<_>>().join("; ")
@@ -271,16 +235,16 @@ impl<'a> Daemon<'a> {
         Ok(())
     }
 
-    fn set_ports(&mut self, plan: &Plan) -> Result<(), TcError> {
+    fn set_ports(&mut self, plan: &Plan) -> Result<(), EngineError> {
         let mut ports = plan.ports.clone();
         for port in WELL_KNOWN_PORTS.iter().chain(&self.settings.ports) {
             ports.entry(*port).or_insert(false);
         }
-        self.tc.set_ports(&ports)
+        self.engine.set_ports(&ports)
     }
 
     fn detach_gone(&mut self, plan: &Plan, changes: Option<&Changes>) -> Result<()> {
-        let watched: Vec<Watch> = self.tc.watched().cloned().collect();
+        let watched: Vec<Watch> = self.engine.watched().into_iter().cloned().collect();
         for watch in watched {
             let removed = changes.is_some_and(|changes| changes.removed.contains(&watch.ifindex));
             let wanted = plan.watches.iter().find(|wanted| wanted.ifindex == watch.ifindex);
@@ -305,7 +269,7 @@ impl<'a> Daemon<'a> {
 
     /// Attaches again where somebody else removed the filter.
     fn heal(&mut self) -> Result<()> {
-        for watch in self.tc.unhooked() {
+        for watch in self.engine.unhooked() {
             self.detach(&watch)?;
             self.write(Record::Detached(Detached {
                 ts: now(),
@@ -319,16 +283,16 @@ impl<'a> Daemon<'a> {
         Ok(())
     }
 
-    fn detach(&mut self, watch: &Watch) -> Result<(), TcError> {
-        let counters = self.tc.detach(watch.ifindex)?;
+    fn detach(&mut self, watch: &Watch) -> Result<(), EngineError> {
+        let counters = self.engine.detach(watch.ifindex)?;
         self.account(watch.ifindex).counters.add(&counters);
         Ok(())
     }
 
     fn account(&mut self, ifindex: u32) -> &mut Account {
-        let tc = &self.tc;
+        let engine = &self.engine;
         self.accounts.entry(ifindex).or_insert_with(|| {
-            let watch = tc.device(ifindex);
+            let watch = engine.device(ifindex);
             Account {
                 dev: watch.map_or_else(|| format!("if{ifindex}"), |watch| watch.name.clone()),
                 role: watch.map_or(Role::Uplink, |watch| watch.role).as_str(),
@@ -342,7 +306,7 @@ impl<'a> Daemon<'a> {
     /// Closes the accounts of the longest gone devices where a great many came and went.
     fn close_accounts(&mut self) {
         while self.accounts.len() > MAX_ACCOUNTS {
-            let gone = self.accounts.keys().copied().find(|ifindex| self.tc.device(*ifindex).is_none());
+            let gone = self.accounts.keys().copied().find(|ifindex| self.engine.device(*ifindex).is_none());
             let Some(account) = gone.and_then(|ifindex| self.accounts.remove(&ifindex)) else {
                 return;
             };
@@ -351,8 +315,8 @@ impl<'a> Daemon<'a> {
     }
 
     fn attach(&mut self, watch: &Watch, first: bool) -> Result<()> {
-        let attachment = match self.tc.attach(watch) {
-            Ok(attachment) => attachment,
+        let hook = match self.engine.attach(watch) {
+            Ok(hook) => hook,
             // A device the user named must be watched; one that was found may have vanished again.
             Err(error) if first && matches!(self.settings.selection, Selection::Named(_)) => return Err(error.into()),
             Err(error) => {
@@ -376,14 +340,14 @@ impl<'a> Daemon<'a> {
             ifindex: watch.ifindex,
             role: watch.role.as_str(),
             why: watch.why.clone(),
-            hook: Attachment::as_str(attachment),
-            metadata: self.metadata,
+            hook,
+            metadata: self.engine.metadata(),
         }));
         Ok(())
     }
 
     fn first_words(&self) {
-        let names: Vec<&str> = self.tc.watched().map(|watch| watch.name.as_str()).collect();
+        let names: Vec<&str> = self.engine.watched().into_iter().map(|watch| watch.name.as_str()).collect();
         if !names.is_empty() {
             (self.say)(&format!("vxmon: watching {}; Ctrl-C ends", names.join(", ")));
         }
@@ -412,13 +376,9 @@ impl<'a> Daemon<'a> {
                     Ok(error) => return Err(error).context("cannot write the output"),
                     Err(_) => break,
                 },
-                ready = events.readable_mut() => {
-                    let mut ready = ready.context("cannot wait for events")?;
-                    let (drained, enough) = self.drain(ready.get_inner_mut());
-                    if drained {
-                        ready.clear_ready();
-                    }
-                    if enough {
+                waited = events.wait() => {
+                    waited.context("cannot wait for events")?;
+                    if self.drain(&mut events).1 {
                         break;
                     }
                 }
@@ -436,7 +396,7 @@ impl<'a> Daemon<'a> {
         self.detach_all()?;
         // What the kernel program sent before it was told to stop is still reported.
         if !self.enough() {
-            while !self.drain(events.get_mut()).0 {}
+            while !self.drain(&mut events).0 {}
         }
         Ok(())
     }
@@ -446,16 +406,12 @@ impl<'a> Daemon<'a> {
     }
 
     /// Handles waiting events; whether none is left, and whether that was enough.
-    fn drain(&mut self, ring: &mut RingBuf<MapData>) -> (bool, bool) {
+    fn drain(&mut self, events: &mut Events) -> (bool, bool) {
         for _ in 0..BATCH {
-            let Some(item) = ring.next() else {
-                return (true, false);
-            };
-            let decoded = decode(&item);
-            drop(item);
-            match decoded {
-                Ok(decoded) => self.report(&decoded),
-                Err(error) => log::error!("from the ring buffer: {error}"),
+            match events.take() {
+                None => return (true, false),
+                Some(Ok(decoded)) => self.report(&decoded),
+                Some(Err(error)) => log::error!("from the kernel program: {error}"),
             }
             if self.enough() {
                 return (true, true);
@@ -486,17 +442,17 @@ impl<'a> Daemon<'a> {
         self.writer.as_mut().is_some_and(|writer| writer.line(line))
     }
 
-    fn lost(&self) -> Result<(u64, u64), TcError> {
+    fn lost(&self) -> Result<(u64, u64), EngineError> {
         let closed: u64 = self.earlier.values().map(|packets| packets.lost.ring).sum();
         let mut ring = closed + self.accounts.values().map(|account| account.counters.lost_ring).sum::<u64>();
-        for watch in self.tc.watched() {
-            ring += self.tc.counters(watch.ifindex)?.lost_ring;
+        for watch in self.engine.watched() {
+            ring += self.engine.counters(watch.ifindex)?.lost_ring;
         }
         Ok((ring, self.lost_queue))
     }
 
     fn tell_lost(&mut self) -> Result<()> {
-        self.tc.flush_log();
+        self.engine.flush_log();
         let (ring, queue) = self.lost()?;
         let (told_ring, told_queue) = self.told_lost;
         if (ring, queue) != self.told_lost {
@@ -508,8 +464,8 @@ impl<'a> Daemon<'a> {
         Ok(())
     }
 
-    fn detach_all(&mut self) -> Result<(), TcError> {
-        let watched: Vec<Watch> = self.tc.watched().cloned().collect();
+    fn detach_all(&mut self) -> Result<(), EngineError> {
+        let watched: Vec<Watch> = self.engine.watched().into_iter().cloned().collect();
         for watch in watched {
             self.detach(&watch)?;
         }
@@ -593,25 +549,6 @@ async fn at(until: Option<tokio::time::Instant>) {
         Some(until) => tokio::time::sleep_until(until).await,
         None => std::future::pending().await,
     }
-}
-
-/// Bytes that `bpf_csum_diff()` takes at once: since 6.13 it sums in place (net/core/filter.c, "bpf_csum_diff: optimize"),
-/// before that by way of a scratchpad of 512 bytes.
-fn csum_chunk() -> u32 {
-    if aya::util::KernelVersion::current().is_ok_and(|version| version >= aya::util::KernelVersion::new(6, 13, 0)) {
-        4096
-    } else {
-        512
-    }
-}
-
-fn kernel_needs() -> String {
-    let release = nix::sys::utsname::uname().map(|uname| uname.release().to_string_lossy().into_owned());
-    format!(
-        "cannot watch on this kernel ({}): attach needs Linux 5.8 or later with CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_BPF, \
-         and no lockdown",
-        release.unwrap_or_else(|_| "unknown release".to_owned())
-    )
 }
 
 fn rfc3339(time: Timestamp) -> String {

@@ -18,7 +18,7 @@ use crate::{
     devices::Selection,
     monitor::{self, Settings},
     sink::Format,
-    source::tc::Hook,
+    source::{start::Choice, tc::Hook},
 };
 
 /// Flags of `attach`.
@@ -101,21 +101,24 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let settings = Settings {
         selection: if args.devices.is_empty() { Selection::Auto } else { Selection::Named(args.devices.clone()) },
         ports: args.ports.clone(),
-        sample: args.sample,
         format: args.format,
         duration: args.duration,
         count: args.count,
-        hook: match args.hook {
-            HookArg::Auto => Hook::Auto,
-            HookArg::Tcx => Hook::Tcx,
-            HookArg::Clsact => Hook::Clsact,
-        },
         conntrack: match args.conntrack {
             ConntrackArg::Auto => ConntrackSource::Auto,
             ConntrackArg::Skb => ConntrackSource::Skb,
             ConntrackArg::Netlink => ConntrackSource::Netlink,
         },
-        btf: !args.no_btf,
+        engine: Choice {
+            hook: match args.hook {
+                HookArg::Auto => Hook::Auto,
+                HookArg::Tcx => Hook::Tcx,
+                HookArg::Clsact => Hook::Clsact,
+            },
+            sample: args.sample,
+            btf: !args.no_btf,
+            skb_conntrack: !matches!(args.conntrack, ConntrackArg::Netlink),
+        },
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

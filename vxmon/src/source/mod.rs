@@ -1,6 +1,9 @@
 //! Where observations come from. Only these files touch aya.
 //!
 //! ```text
+//! engine  what the daemon asks of any of them
+//! start   which engine it is to be, and its start
+//! events  the stream of events, whatever carries it
 //! tc      the TC egress programs: loading, attaching, counters, events
 //! object  the eBPF objects, embedded
 //! clsact  what stays in the kernel when a process is killed, and how it is found again
@@ -9,5 +12,8 @@
 
 pub mod btf;
 pub mod clsact;
+pub mod engine;
+pub mod events;
 pub mod object;
+pub mod start;
 pub mod tc;

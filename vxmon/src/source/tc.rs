@@ -19,7 +19,13 @@ use vxmon_common::{
     counters::Counters,
 };
 
-use super::{btf::Layout, clsact, object};
+use super::{
+    btf::Layout,
+    clsact,
+    engine::{Engine, EngineError},
+    events::Events,
+    object,
+};
 use crate::{
     devices::{Role, Watch},
     netlink,
@@ -55,6 +61,9 @@ pub enum TcError {
     /// Too many devices.
     #[error("more than {} devices to watch at once; name the ones that matter", config::SLOTS - 1)]
     TooMany,
+    /// The events cannot be waited for.
+    #[error("cannot wait for events: {0}")]
+    Events(std::io::Error),
     /// No number is free for this instance's filters.
     #[error("cannot take a number for this instance of vxmon: {0}")]
     Instance(std::io::Error),
@@ -120,6 +129,7 @@ pub struct Tc {
     instance: Option<clsact::Instance>,
     slots: BTreeMap<u32, Slot>,
     ports: BTreeMap<u16, bool>,
+    metadata: &'static str,
 }
 
 fn refused(what: &str, error: &dyn std::error::Error) -> TcError {
@@ -158,83 +168,13 @@ impl Tc {
         } else {
             None
         };
-        Ok(Self { ebpf, log, hook, instance: None, slots: BTreeMap::new(), ports: BTreeMap::new() })
-    }
-
-    /// Hands the program's own log lines, if any were asked for, to this process's log.
-    pub fn flush_log(&mut self) {
-        if let Some(log) = &mut self.log {
-            log.flush();
-        }
-    }
-
-    /// The ring buffer of events. Once.
-    pub fn events(&mut self) -> Result<RingBuf<MapData>, TcError> {
-        let map = self.ebpf.take_map(config::EVENTS_MAP).ok_or_else(|| missing(config::EVENTS_MAP))?;
-        RingBuf::try_from(map).map_err(|source| TcError::Map { map: config::EVENTS_MAP, source })
+        let metadata = if layout.config.has_skb > 0 { "skb" } else { "none" };
+        Ok(Self { ebpf, log, hook, instance: None, slots: BTreeMap::new(), ports: BTreeMap::new(), metadata })
     }
 
     fn array<T: Pod>(&mut self, name: &'static str) -> Result<Array<&mut MapData, T>, TcError> {
         let map = self.ebpf.map_mut(name).ok_or_else(|| missing(name))?;
         Array::try_from(map).map_err(|source| TcError::Map { map: name, source })
-    }
-
-    /// Sets the UDP ports of tunnel packets (host byte order), and whether a zero outer sum over IPv6 is wrong there.
-    pub fn set_ports(&mut self, ports: &BTreeMap<u16, bool>) -> Result<(), TcError> {
-        if *ports == self.ports {
-            return Ok(());
-        }
-        let mut table = Box::new(Table([0; 1 << 16]));
-        for (port, no_zero_ipv6) in ports {
-            let flags = port_flag::TUNNEL | if *no_zero_ipv6 { port_flag::NO_ZERO_IPV6 } else { 0 };
-            table.0[usize::from(port.to_be())] = flags;
-        }
-        self.array::<Table>(config::PORTS_MAP)?
-            .set(0, *table, 0)
-            .map_err(|source| TcError::Map { map: config::PORTS_MAP, source })?;
-        self.ports = ports.clone();
-        Ok(())
-    }
-
-    /// Which devices are watched, by slot.
-    pub fn watched(&self) -> impl Iterator<Item = &Watch> {
-        self.slots.values().map(|slot| &slot.watch)
-    }
-
-    /// The watched device with this index.
-    pub fn device(&self, ifindex: u32) -> Option<&Watch> {
-        self.watched().find(|watch| watch.ifindex == ifindex)
-    }
-
-    /// Watches a device. Its counters start at zero.
-    pub fn attach(&mut self, watch: &Watch) -> Result<Attachment, TcError> {
-        let slot = (1..config::SLOTS).find(|slot| !self.slots.contains_key(slot)).ok_or(TcError::TooMany)?;
-        let collides = |other: &Watch| other.ifindex as u16 == watch.ifindex as u16;
-        if self.watched().any(collides) {
-            return Err(TcError::Attach {
-                device: watch.name.clone(),
-                reason: "its index and another watched device's differ by a multiple of 65536".into(),
-            });
-        }
-        self.reset_counters(slot)?;
-        self.slots
-            .insert(slot, Slot { watch: watch.clone(), link: None, attachment: Attachment::Tcx, made_clsact: false });
-        let attached = self.write_tables().and_then(|()| self.link(watch));
-        match attached {
-            Ok((link, attachment, made_clsact)) => {
-                if let Some(slot) = self.slots.get_mut(&slot) {
-                    slot.link = Some(link);
-                    slot.attachment = attachment;
-                    slot.made_clsact = made_clsact;
-                }
-                Ok(attachment)
-            }
-            Err(error) => {
-                self.slots.remove(&slot);
-                self.write_tables()?;
-                Err(error)
-            }
-        }
     }
 
     fn link(&mut self, watch: &Watch) -> Result<(SchedClassifierLinkId, Attachment, bool), TcError> {
@@ -282,37 +222,6 @@ impl Tc {
         result
     }
 
-    /// Stops watching a device, and gives its counters.
-    pub fn detach(&mut self, ifindex: u32) -> Result<Counters, TcError> {
-        let Some((&slot, _)) = self.slots.iter().find(|(_, slot)| slot.watch.ifindex == ifindex) else {
-            return Ok(Counters::default());
-        };
-        let Some(Slot { watch, link, attachment: _, made_clsact }) = self.slots.remove(&slot) else {
-            return Ok(Counters::default());
-        };
-        if let Some(link) = link {
-            let name = match watch.role {
-                Role::Uplink => config::UPLINK_PROGRAM,
-                Role::Vxlan => config::VXLAN_PROGRAM,
-            };
-            // A device that has vanished took the attachment with it.
-            if let Err(error) = program(&mut self.ebpf, name)?.detach(link) {
-                log::debug!("{}: {error}", watch.name);
-            }
-        }
-        clsact::tidy(ifindex, made_clsact);
-        self.write_tables()?;
-        self.slot_counters(slot)
-    }
-
-    /// A watched device's counters.
-    pub fn counters(&self, ifindex: u32) -> Result<Counters, TcError> {
-        match self.slots.iter().find(|(_, slot)| slot.watch.ifindex == ifindex) {
-            Some((slot, _)) => self.slot_counters(*slot),
-            None => Ok(Counters::default()),
-        }
-    }
-
     fn slot_counters(&self, slot: u32) -> Result<Counters, TcError> {
         let name = config::COUNTERS_MAP;
         let map = self.ebpf.map(name).ok_or_else(|| missing(name))?;
@@ -334,20 +243,6 @@ impl Tc {
         let zeros = aya::maps::PerCpuValues::try_from(vec![Counters::default(); cpus])
             .map_err(|error| failed(MapError::IoError(error)))?;
         counters.set(slot, zeros, 0).map_err(failed)
-    }
-
-    /// Devices whose filter somebody else has removed, with the clsact qdisc or alone. (Nobody can remove a tcx link.)
-    pub fn unhooked(&self) -> Vec<Watch> {
-        let by_filter = self.slots.values().filter(|slot| slot.attachment == Attachment::Clsact);
-        by_filter.filter(|slot| !clsact::holds(slot.watch.ifindex)).map(|slot| slot.watch.clone()).collect()
-    }
-
-    /// Takes up what changed about a device that stays attached: what lies on it.
-    pub fn update(&mut self, watch: &Watch) -> Result<(), TcError> {
-        if let Some(slot) = self.slots.values_mut().find(|slot| slot.watch.ifindex == watch.ifindex) {
-            slot.watch = watch.clone();
-        }
-        self.write_tables()
     }
 
     /// Writes which device has which slot, and what lies on what.
@@ -375,9 +270,119 @@ impl Tc {
     }
 }
 
+impl Engine for Tc {
+    fn metadata(&self) -> &'static str {
+        self.metadata
+    }
+
+    fn events(&mut self) -> Result<Events, EngineError> {
+        let map = self.ebpf.take_map(config::EVENTS_MAP).ok_or_else(|| missing(config::EVENTS_MAP))?;
+        let ring = RingBuf::try_from(map).map_err(|source| TcError::Map { map: config::EVENTS_MAP, source })?;
+        Ok(Events::of_ring(ring).map_err(TcError::Events)?)
+    }
+
+    fn set_ports(&mut self, ports: &BTreeMap<u16, bool>) -> Result<(), EngineError> {
+        if *ports == self.ports {
+            return Ok(());
+        }
+        let mut table = Box::new(Table([0; 1 << 16]));
+        for (port, no_zero_ipv6) in ports {
+            let flags = port_flag::TUNNEL | if *no_zero_ipv6 { port_flag::NO_ZERO_IPV6 } else { 0 };
+            table.0[usize::from(port.to_be())] = flags;
+        }
+        self.array::<Table>(config::PORTS_MAP)?
+            .set(0, *table, 0)
+            .map_err(|source| TcError::Map { map: config::PORTS_MAP, source })?;
+        self.ports = ports.clone();
+        Ok(())
+    }
+
+    fn watched(&self) -> Vec<&Watch> {
+        self.slots.values().map(|slot| &slot.watch).collect()
+    }
+
+    fn attach(&mut self, watch: &Watch) -> Result<&'static str, EngineError> {
+        let slot = (1..config::SLOTS).find(|slot| !self.slots.contains_key(slot)).ok_or(TcError::TooMany)?;
+        let collides = |other: &Watch| other.ifindex as u16 == watch.ifindex as u16;
+        if self.watched().into_iter().any(collides) {
+            return Err(TcError::Attach {
+                device: watch.name.clone(),
+                reason: "its index and another watched device's differ by a multiple of 65536".into(),
+            }
+            .into());
+        }
+        self.reset_counters(slot)?;
+        self.slots
+            .insert(slot, Slot { watch: watch.clone(), link: None, attachment: Attachment::Tcx, made_clsact: false });
+        let attached = self.write_tables().and_then(|()| self.link(watch));
+        match attached {
+            Ok((link, attachment, made_clsact)) => {
+                if let Some(slot) = self.slots.get_mut(&slot) {
+                    slot.link = Some(link);
+                    slot.attachment = attachment;
+                    slot.made_clsact = made_clsact;
+                }
+                Ok(attachment.as_str())
+            }
+            Err(error) => {
+                self.slots.remove(&slot);
+                self.write_tables()?;
+                Err(error.into())
+            }
+        }
+    }
+
+    fn update(&mut self, watch: &Watch) -> Result<(), EngineError> {
+        if let Some(slot) = self.slots.values_mut().find(|slot| slot.watch.ifindex == watch.ifindex) {
+            slot.watch = watch.clone();
+        }
+        Ok(self.write_tables()?)
+    }
+
+    fn detach(&mut self, ifindex: u32) -> Result<Counters, EngineError> {
+        let Some((&slot, _)) = self.slots.iter().find(|(_, slot)| slot.watch.ifindex == ifindex) else {
+            return Ok(Counters::default());
+        };
+        let Some(Slot { watch, link, attachment: _, made_clsact }) = self.slots.remove(&slot) else {
+            return Ok(Counters::default());
+        };
+        if let Some(link) = link {
+            let name = match watch.role {
+                Role::Uplink => config::UPLINK_PROGRAM,
+                Role::Vxlan => config::VXLAN_PROGRAM,
+            };
+            // A device that has vanished took the attachment with it.
+            if let Err(error) = program(&mut self.ebpf, name)?.detach(link) {
+                log::debug!("{}: {error}", watch.name);
+            }
+        }
+        clsact::tidy(ifindex, made_clsact);
+        self.write_tables()?;
+        Ok(self.slot_counters(slot)?)
+    }
+
+    fn counters(&self, ifindex: u32) -> Result<Counters, EngineError> {
+        match self.slots.iter().find(|(_, slot)| slot.watch.ifindex == ifindex) {
+            Some((slot, _)) => Ok(self.slot_counters(*slot)?),
+            None => Ok(Counters::default()),
+        }
+    }
+
+    fn unhooked(&self) -> Vec<Watch> {
+        let by_filter = self.slots.values().filter(|slot| slot.attachment == Attachment::Clsact);
+        by_filter.filter(|slot| !clsact::holds(slot.watch.ifindex)).map(|slot| slot.watch.clone()).collect()
+    }
+
+    fn flush_log(&mut self) {
+        if let Some(log) = &mut self.log {
+            log.flush();
+        }
+    }
+}
+
 impl Drop for Tc {
     fn drop(&mut self) {
-        let watched: Vec<u32> = self.watched().map(|watch| watch.ifindex).collect();
+        let watched: Vec<u32> = self.slots.values().map(|slot| slot.watch.ifindex).collect();
         for ifindex in watched {
             if let Err(error) = self.detach(ifindex) {
                 log::warn!("{error}");

@@ -1,0 +1,54 @@
+//! What an engine is to the daemon: something that watches devices, counts, and hands out events. The daemon knows no more.
+
+use std::collections::BTreeMap;
+
+use vxmon_common::counters::Counters;
+
+use super::{events::Events, tc::TcError};
+use crate::devices::Watch;
+
+/// What an engine could not do.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// By TC programs.
+    #[error(transparent)]
+    Tc(#[from] TcError),
+}
+
+/// Watches devices. Dropped, it leaves nothing of itself behind.
+pub trait Engine {
+    /// Where the checksum's state is known from, as `attached` names it.
+    fn metadata(&self) -> &'static str;
+
+    /// The events of all devices. Once.
+    fn events(&mut self) -> Result<Events, EngineError>;
+
+    /// Sets the UDP ports of tunnel packets (host byte order), and whether a zero outer sum over IPv6 is wrong there.
+    fn set_ports(&mut self, ports: &BTreeMap<u16, bool>) -> Result<(), EngineError>;
+
+    /// Which devices are watched.
+    fn watched(&self) -> Vec<&Watch>;
+
+    /// The watched device with this index.
+    fn device(&self, ifindex: u32) -> Option<&Watch> {
+        self.watched().into_iter().find(|watch| watch.ifindex == ifindex)
+    }
+
+    /// Watches a device, its counters starting at zero; how, as `attached` names it.
+    fn attach(&mut self, watch: &Watch) -> Result<&'static str, EngineError>;
+
+    /// Takes up what changed about a device that stays watched: its name, what lies on it.
+    fn update(&mut self, watch: &Watch) -> Result<(), EngineError>;
+
+    /// Stops watching a device, and gives its counters.
+    fn detach(&mut self, ifindex: u32) -> Result<Counters, EngineError>;
+
+    /// A watched device's counters.
+    fn counters(&self, ifindex: u32) -> Result<Counters, EngineError>;
+
+    /// Devices that somebody else stopped from being watched, to be detached and attached again.
+    fn unhooked(&self) -> Vec<Watch>;
+
+    /// Hands the engine's own log lines, if any were asked for, to this process's log. Called each second.
+    fn flush_log(&mut self) {}
+}

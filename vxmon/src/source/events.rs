@@ -1,0 +1,52 @@
+//! Events on their way from an engine to the daemon, whatever carries them. The carrier is the only queue before the output's.
+
+use std::io;
+
+use aya::maps::{MapData, RingBuf};
+use tokio::io::unix::AsyncFd;
+
+use crate::attribute::{DecodeError, Decoded, decode};
+
+/// What carries the events.
+enum Carrier {
+    /// The eBPF ring buffer.
+    Ring(AsyncFd<RingBuf<MapData>>),
+}
+
+/// A stream of events.
+pub struct Events {
+    carrier: Carrier,
+    /// Whether some may be waiting.
+    ready: bool,
+}
+
+impl Events {
+    /// From a ring buffer.
+    pub fn of_ring(ring: RingBuf<MapData>) -> io::Result<Self> {
+        // SAFETY: the ring buffer owns its descriptor, which stays open and the same as long as it exists.
+        let carrier = Carrier::Ring(unsafe { AsyncFd::register(ring)? });
+        Ok(Self { carrier, ready: true })
+    }
+
+    /// Waits until there may be events. Then take them with [`Events::take`] until none is left, or call again: it
+    /// returns at once as long as some may be waiting. Cancelled, it loses nothing.
+    pub async fn wait(&mut self) -> io::Result<()> {
+        if !self.ready {
+            match &mut self.carrier {
+                // Cleared before the events are taken: one that comes meanwhile makes it ready again.
+                Carrier::Ring(ring) => ring.readable_mut().await?.clear_ready(),
+            }
+            self.ready = true;
+        }
+        Ok(())
+    }
+
+    /// The next event, if one is waiting.
+    pub fn take(&mut self) -> Option<Result<Decoded, DecodeError>> {
+        let next = match &mut self.carrier {
+            Carrier::Ring(ring) => ring.get_mut().next().map(|item| decode(&item)),
+        };
+        self.ready = next.is_some();
+        next
+    }
+}

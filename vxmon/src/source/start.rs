@@ -1,0 +1,75 @@
+//! Which engine it is to be, and its start: what was asked for, or the best that this kernel and these privileges allow.
+
+use anyhow::{Context as _, Result};
+
+use super::{
+    btf::Layout,
+    clsact,
+    engine::Engine,
+    tc::{Hook, Tc},
+};
+
+/// How to watch.
+#[derive(Clone, Debug)]
+pub struct Choice {
+    /// How TC programs are attached.
+    pub hook: Hook,
+    /// Sum the payload of one in so many packets.
+    pub sample: u32,
+    /// Whether to use the kernel's BTF.
+    pub btf: bool,
+    /// Whether to read the skb's conntrack entry, where that is possible.
+    pub skb_conntrack: bool,
+}
+
+/// Starts the engine; `say` is told, in lines for people, what it has to do without.
+pub fn start(choice: &Choice, say: &dyn Fn(&str)) -> Result<Box<dyn Engine>> {
+    let mut layout = if choice.btf { Layout::detect() } else { Layout::without("not used, as asked for") };
+    layout.config.sample = choice.sample;
+    layout.config.csum_chunk = csum_chunk();
+    if !choice.skb_conntrack {
+        layout.config.has_conntrack = 0;
+    }
+    if let Err(error) = &layout.skb {
+        say(&format!(
+            "vxmon: without the skb's metadata ({error}), so any checksum that is right by some reading is accepted"
+        ));
+    } else if let Err(error) = &layout.conntrack {
+        say(&format!("vxmon: conntrack entries are looked up by netlink ({error})"));
+    }
+    for device in clsact::remove_leftovers()? {
+        say(&format!("vxmon: removed from {device} what a vxmon that was killed had left there"));
+    }
+    let tc = match Tc::load(&layout, choice.hook) {
+        Ok(tc) => tc,
+        // Reading kernel memory may be forbidden (lockdown) where the rest is not.
+        Err(error) if layout.config.has_skb + layout.config.has_conntrack > 0 => {
+            layout.config.has_skb = 0;
+            layout.config.has_conntrack = 0;
+            let tc = Tc::load(&layout, choice.hook).with_context(kernel_needs)?;
+            say(&format!("vxmon: without the skb's metadata and conntrack entry: {error}"));
+            tc
+        }
+        Err(error) => return Err(error).with_context(kernel_needs),
+    };
+    Ok(Box::new(tc))
+}
+
+/// Bytes that `bpf_csum_diff()` takes at once: since 6.13 it sums in place (net/core/filter.c, "bpf_csum_diff: optimize"),
+/// before that by way of a scratchpad of 512 bytes.
+fn csum_chunk() -> u32 {
+    if aya::util::KernelVersion::current().is_ok_and(|version| version >= aya::util::KernelVersion::new(6, 13, 0)) {
+        4096
+    } else {
+        512
+    }
+}
+
+fn kernel_needs() -> String {
+    let release = nix::sys::utsname::uname().map(|uname| uname.release().to_string_lossy().into_owned());
+    format!(
+        "cannot watch on this kernel ({}): attach needs Linux 5.8 or later with CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_BPF, \
+         and no lockdown",
+        release.unwrap_or_else(|_| "unknown release".to_owned())
+    )
+}
