@@ -19,6 +19,8 @@ pub const COUNTERS_MAP: &str = "COUNTERS";
 pub const EVENTS_MAP: &str = "EVENTS";
 /// Name of the bounded LRU map of repeated anomalies.
 pub const FLOWS_MAP: &str = "FLOWS";
+/// Name of the bounded LRU map from [`crate::story::Connection`] to [`crate::story::Story`].
+pub const STORIES_MAP: &str = "STORIES";
 /// Name of the program for uplinks.
 pub const UPLINK_PROGRAM: &str = "vxmon_uplink";
 /// Name of the program for VXLAN devices.
@@ -32,6 +34,9 @@ pub const SLOTS_TABLE: usize = 1 << 16;
 pub const SLOTS: u32 = 128;
 /// Flows whose repeats are counted at a time; the least recently seen gives way.
 pub const FLOWS: u32 = 8192;
+/// Connections that had bad packets and are remembered at a time; the least recently seen gives way. The daemon keeps
+/// half as many, so that those it waits for are not pushed out.
+pub const STORIES: u32 = 8192;
 /// Size of the ring buffer, bytes: some 1,300 events, as many as arrive in a second of a storm before the daemon is
 /// scheduled once.
 pub const RING: u32 = 1 << 19;
@@ -52,6 +57,8 @@ pub mod device_flag {
     pub const BARE: u32 = 1;
     /// Another watched device lies below this one: remember what passed.
     pub const HAS_LOWER: u32 = 2;
+    /// Good packets may belong to a connection whose recovery is waited for: look them up.
+    pub const FOLLOW: u32 = 4;
 }
 
 /// One watched device.
@@ -125,4 +132,8 @@ mod pod {
     unsafe impl aya::Pod for crate::event::FlowKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for crate::event::FlowCount {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for crate::story::Connection {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for crate::story::Story {}
 }

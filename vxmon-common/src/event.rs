@@ -36,7 +36,7 @@ pub mod role {
     pub const VXLAN: u8 = 1;
 }
 
-/// One anomaly.
+/// One anomaly; or, with a good verdict, the follow-up on one: a good packet of a connection that had bad ones.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Event {
@@ -86,6 +86,12 @@ pub struct Event {
     pub ct_orig: Tuple,
     /// The connection's reply direction.
     pub ct_reply: Tuple,
+    /// When the connection's last bad packet before this one left, as `time_ns`; 0: none, or not known.
+    pub last_bad_ns: u64,
+    /// Bad packets of the connection inside so far, this one included if it is one; 0: not known. Ends at the top.
+    pub attempts: u32,
+    /// TCP SYNs among them.
+    pub bad_syns: u32,
     /// Bytes in `head` that count.
     pub head_len: u32,
     /// Padding, zero.
@@ -94,7 +100,7 @@ pub struct Event {
     pub head: [u8; HEAD],
 }
 
-const _: () = assert!(size_of::<Event>() == 360 && align_of::<Event>() == 8);
+const _: () = assert!(size_of::<Event>() == 376 && align_of::<Event>() == 8);
 
 /// Key of the map of repeated anomalies: one outer flow (inner flow on a VXLAN device), device and verdict.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]

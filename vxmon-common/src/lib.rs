@@ -5,6 +5,7 @@
 //! packet     reading and summing bytes (a trait); the header walk: Ethernet, VLAN, IPv4/IPv6, UDP, VXLAN, inner
 //! judge      is this packet's checksum right, and if not, why
 //! conntrack  a connection's two tuples, and what NAT would have left in the checksum
+//! story      the connection inside, and what is remembered of one that had bad packets
 //! event      what crosses the ring buffer: integers only, explicit padding
 //! config     what the daemon tells the kernel program: read-only globals and small tables
 //! counters   what the kernel program counts, by device and CPU
@@ -28,3 +29,4 @@ pub mod counters;
 pub mod event;
 pub mod judge;
 pub mod packet;
+pub mod story;

@@ -7,6 +7,7 @@
 //! skb             reading and summing an skb's bytes (vxmon_common::packet::Packet)
 //! meta            the skb's own fields: ip_summed, csum_start, gso_type, conntrack entry
 //! report          repeats are counted, the rest goes to the ring buffer
+//! story       connections that had bad packets, and their first good one after
 //! tally           this CPU's counters of a device
 //! maps            every map and global, by the names in vxmon_common::config
 //! ```
@@ -25,6 +26,7 @@ pub mod maps;
 pub mod meta;
 pub mod report;
 pub mod skb;
+pub mod story;
 pub mod tally;
 pub mod watch;
 

@@ -5,10 +5,14 @@ use aya_ebpf::{
     maps::{Array, LruHashMap, PerCpuArray, RingBuf},
 };
 use vxmon_common::{
-    config::{Config, Device, FLOWS as MAX_FLOWS, PORTS as PORT_TABLE, RING, SLOTS as MAX_SLOTS, SLOTS_TABLE, WINDOW},
+    config::{
+        Config, Device, FLOWS as MAX_FLOWS, PORTS as PORT_TABLE, RING, SLOTS as MAX_SLOTS, SLOTS_TABLE,
+        STORIES as MAX_STORIES, WINDOW,
+    },
     conntrack::Endpoints,
     counters::Counters,
     event::{FlowCount, FlowKey},
+    story::{Connection, Story},
 };
 
 use crate::{meta::Entry, report::Case};
@@ -59,6 +63,9 @@ pub static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(MAX_S
 /// See [`vxmon_common::config::FLOWS_MAP`].
 #[map]
 pub static FLOWS: LruHashMap<FlowKey, FlowCount> = LruHashMap::with_max_entries(MAX_FLOWS, 0);
+/// See [`vxmon_common::config::STORIES_MAP`].
+#[map]
+pub static STORIES: LruHashMap<Connection, Story> = LruHashMap::with_max_entries(MAX_STORIES, 0);
 /// See [`vxmon_common::config::EVENTS_MAP`].
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(RING, 0);
@@ -77,6 +84,12 @@ pub static CASE: PerCpuArray<Case> = PerCpuArray::with_max_entries(1, 0);
 /// Addresses and ports of the anomaly at hand.
 #[map]
 pub static ENDPOINTS: PerCpuArray<Endpoints> = PerCpuArray::with_max_entries(1, 0);
+/// The outer flow of the anomaly at hand.
+#[map]
+pub static FLOW_KEY: PerCpuArray<FlowKey> = PerCpuArray::with_max_entries(1, 0);
+/// The connection inside the packet at hand.
+#[map]
+pub static CONNECTION: PerCpuArray<Connection> = PerCpuArray::with_max_entries(1, 0);
 /// The last packet counted on a device that has another watched device below it.
 #[map]
 pub static PASSED: PerCpuArray<Passed> = PerCpuArray::with_max_entries(1, 0);

@@ -1,5 +1,6 @@
 //! What becomes of an anomaly: its cause is named from the conntrack entry, it is counted, and unless it repeats what was
-//! sent within the last second, it goes to the daemon. Counted even if it cannot be sent.
+//! sent within the last second, it goes to the daemon. Counted even if it cannot be sent. The follow-up on one, a good
+//! packet of its connection, goes the same way, uncounted.
 
 use aya_ebpf::{
     bindings::__sk_buff,
@@ -9,23 +10,24 @@ use aya_ebpf::{
 use aya_log_ebpf::debug;
 use vxmon_common::{
     config::REPEAT_INTERVAL_NS,
-    conntrack::{Nat, Rewrite, cause},
-    event::{Event, FlowCount, FlowKey, HEAD, event_flag, role},
-    judge::{Finding, State},
+    conntrack::{Endpoints, Nat, Rewrite, cause},
+    event::{Event, FlowCount, HEAD, event_flag, role},
+    judge::{Finding, State, Verdict},
     packet::{self, Ip, Packet, proto},
 };
 
 use crate::{
-    maps::{CASE, ENDPOINTS, EVENTS, FLOWS},
+    maps::{CASE, ENDPOINTS, EVENTS, FLOW_KEY, FLOWS},
     meta::{self, Conntrack},
     skb::SkbPacket,
+    story,
     tally::Tally,
 };
 
 /// `BPF_NOEXIST` (include/uapi/linux/bpf.h).
 const BPF_NOEXIST: u64 = 1;
 
-/// An anomaly, and where it was seen. Handed over in a map of one value for each CPU: what the verifier knows of it ends
+/// An anomaly or a follow-up on one, and where it was seen. Handed over in a map of one value for each CPU: what the verifier knows of it ends
 /// there, and the stack (512 bytes for all functions together) is spared.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -40,9 +42,11 @@ pub struct Case {
     pub ip: Ip,
     /// What the judge found.
     pub finding: Finding,
+    /// What [`story::vxmon_connection`] said of the packet.
+    pub connection: u64,
 }
 
-/// Takes note of an anomaly, for [`vxmon_anomaly`].
+/// Takes note of a case, for [`vxmon_report`].
 #[inline(always)]
 pub fn note(case: Case) {
     if let Some(note) = CASE.get_ptr_mut(0) {
@@ -51,29 +55,34 @@ pub fn note(case: Case) {
     }
 }
 
-/// Counts the anomaly noted last, and sends it if it is due. A global function: checked once by the verifier. Returns
-/// nothing of use; global functions must return a number.
+/// Counts the anomaly noted last, and sends it if it is due; sends a follow-up. A global function: checked once by the
+/// verifier. Returns whether it was sent.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn vxmon_anomaly(skb: *mut __sk_buff) -> u64 {
-    if let Some(case) = CASE.get_ptr(0) {
+pub extern "C" fn vxmon_report(skb: *mut __sk_buff) -> u64 {
+    match CASE.get_ptr(0) {
         // SAFETY: this CPU's value of the map, filled by `note` on the way here.
-        anomaly(skb, unsafe { &*case });
+        Some(case) => u64::from(report(skb, unsafe { &*case })),
+        None => 0,
     }
-    0
 }
 
 #[inline(always)]
-fn anomaly(skb: *mut __sk_buff, case: &Case) {
-    let Case { slot, role, bare, ip, finding } = case;
+fn report(skb: *mut __sk_buff, case: &Case) -> bool {
+    let Case { slot, role, bare, ip, finding, connection } = case;
     let (role, bare) = (*role, *bare);
+    let is_anomaly = finding.verdict.is_anomaly();
+    let awaited = if is_anomaly { None } else { story::awaited(*connection) };
+    if !is_anomaly && awaited.is_none() {
+        return false;
+    }
     let Some(tally) = Tally::of(*slot) else {
-        return;
+        return false;
     };
     let packet = &SkbPacket::new(skb);
     let has_ports = ip.proto == proto::UDP || ip.proto == proto::TCP;
     let Some(endpoints) = ENDPOINTS.get_ptr_mut(0) else {
-        return;
+        return false;
     };
     // SAFETY: this CPU's value of the map.
     let endpoints = unsafe { &mut *endpoints };
@@ -93,23 +102,18 @@ fn anomaly(skb: *mut __sk_buff, case: &Case) {
         },
     };
     let cause = cause(finding, if role == role::UPLINK { &nat } else { &Nat::None });
-    tally.verdict(cause.verdict);
+    if is_anomaly {
+        tally.verdict(cause.verdict);
+    }
 
     // SAFETY: a helper without arguments.
     let now = unsafe { bpf_ktime_get_ns() };
     // SAFETY: the context is valid.
     let ifindex = unsafe { (*skb).ifindex };
-    let key = FlowKey {
-        src: endpoints.src,
-        dst: endpoints.dst,
-        sport: endpoints.sport,
-        dport: endpoints.dport,
-        ifindex,
-        verdict: cause.verdict as u32,
-    };
-    let flow = flow(&key);
+    let flow = if is_anomaly { flow(endpoints, ifindex, cause.verdict) } else { None };
     let mut number = 1;
     let mut suppressed = 0;
+    let mut due = true;
     if let Some(flow) = flow {
         // SAFETY: a value of the map, which stays allocated while the program runs. Other CPUs add to it too; a count
         // may be read a little late, but none is lost.
@@ -118,19 +122,26 @@ fn anomaly(skb: *mut __sk_buff, case: &Case) {
             number = (*flow).count;
             let (sent_ns, sent_at) = ((*flow).sent_ns, (*flow).sent_at_count);
             // Another CPU may have sent one since `now` was read.
-            if sent_ns != 0 && now < sent_ns.wrapping_add(REPEAT_INTERVAL_NS) {
-                tally.suppressed();
-                return;
-            }
+            due = sent_ns == 0 || now >= sent_ns.wrapping_add(REPEAT_INTERVAL_NS);
             if number > sent_at {
                 suppressed = number - sent_at - 1;
             }
         }
     }
 
+    let so_far = match &awaited {
+        Some(awaited) => awaited.so_far(),
+        None => story::bad(*connection, now, due),
+    };
+    if !due {
+        tally.suppressed();
+        return false;
+    }
     let Some(mut entry) = EVENTS.reserve::<Event>(0) else {
-        tally.lost_ring();
-        return;
+        if is_anomaly {
+            tally.lost_ring();
+        }
+        return false;
     };
     let event = entry.as_mut_ptr();
     let mut flags = 0;
@@ -191,6 +202,9 @@ fn anomaly(skb: *mut __sk_buff, case: &Case) {
             Conntrack::Unknown => {}
         }
         (*event).flags = flags;
+        (*event).last_bad_ns = so_far.last_bad_ns;
+        (*event).attempts = so_far.attempts;
+        (*event).bad_syns = so_far.bad_syns;
         (*event).reserved = 0;
         let len = packet.len();
         let head_len = if len > HEAD as u32 { HEAD as u32 } else { len };
@@ -203,6 +217,10 @@ fn anomaly(skb: *mut __sk_buff, case: &Case) {
         }
     }
     entry.submit(0);
+    if let Some(awaited) = &awaited {
+        awaited.sent();
+        return true;
+    }
     tally.sent();
     // Compiled in, but dropped by the verifier unless the daemon asks for it (AYA_LOG_LEVEL is a read-only global).
     debug!(&TcContext::new(skb), "device {}: anomaly {} of its flow, verdict {}", ifindex, number, cause.verdict as u8);
@@ -213,11 +231,19 @@ fn anomaly(skb: *mut __sk_buff, case: &Case) {
             (*flow).sent_at_count = number;
         }
     }
+    true
 }
 
 /// The flow's counts, made if they are not there yet.
 #[inline(always)]
-fn flow(key: &FlowKey) -> Option<*mut FlowCount> {
+fn flow(endpoints: &Endpoints, ifindex: u32, verdict: Verdict) -> Option<*mut FlowCount> {
+    let key = FLOW_KEY.get_ptr_mut(0)?;
+    // SAFETY: this CPU's value of the map. It is there for the sake of the stack.
+    let key = unsafe { &mut *key };
+    (key.src, key.dst) = (endpoints.src, endpoints.dst);
+    (key.sport, key.dport) = (endpoints.sport, endpoints.dport);
+    (key.ifindex, key.verdict) = (ifindex, verdict as u32);
+    let key = &*key;
     if let Some(flow) = FLOWS.get_ptr_mut(key) {
         return Some(flow);
     }
@@ -232,7 +258,7 @@ fn flow(key: &FlowKey) -> Option<*mut FlowCount> {
 /// # Safety
 /// `counter` must point into a map's value.
 #[inline(always)]
-unsafe fn atomic_add_one(counter: *mut u64) {
+pub unsafe fn atomic_add_one(counter: *mut u64) {
     // Rust's atomics cannot say this for BPF: their additions return the old value, which needs newer instructions.
     #[cfg(target_arch = "bpf")]
     // SAFETY: by the caller.

@@ -13,6 +13,7 @@ use crate::{
     meta,
     report::{self, Case},
     skb::SkbPacket,
+    story,
     tally::Tally,
 };
 
@@ -97,7 +98,7 @@ pub fn uplink(skb: *mut __sk_buff) -> Option<()> {
         return Some(());
     }
     let outcome = judge::outer(&packet, &surroundings, &ip);
-    settle(skb, &watched, &Found { ip, outcome }, role::UPLINK, bare);
+    settle(skb, &watched, device, &Found { ip, outcome }, role::UPLINK, bare);
     Some(())
 }
 
@@ -110,22 +111,29 @@ pub fn vxlan(skb: *mut __sk_buff) -> Option<()> {
     let packet = SkbPacket::new(skb);
     let bare = bare_ethertype(skb, device);
     match judge::vxlan_device(&packet, &Kernel { skb }, bare) {
-        Some(found) => settle(skb, &watched, &found, role::VXLAN, bare),
+        Some(found) => settle(skb, &watched, device, &found, role::VXLAN, bare),
         None => watched.tally.other(),
     }
     Some(())
 }
 
 #[inline(always)]
-fn settle(skb: *mut __sk_buff, watched: &Watched, found: &Found, role: u8, bare: Option<u16>) {
+fn settle(skb: *mut __sk_buff, watched: &Watched, device: &Device, found: &Found, role: u8, bare: Option<u16>) {
     match found.outcome {
         Outcome::Other => watched.tally.other(),
         Outcome::Unverified(reason) => watched.tally.unverified(reason),
-        Outcome::Judged(finding) if finding.verdict.is_anomaly() => {
-            report::note(Case { slot: watched.slot, role, bare, ip: found.ip, finding });
-            report::vxmon_anomaly(skb);
+        Outcome::Judged(finding) => {
+            if !finding.verdict.is_anomaly() {
+                watched.tally.verdict(finding.verdict);
+                if device.flags & device_flag::FOLLOW == 0 {
+                    return;
+                }
+            }
+            let ip = found.ip;
+            let connection = story::vxmon_connection(skb, Ip::pack(Ok(ip)), ip.l3, u32::from(role));
+            report::note(Case { slot: watched.slot, role, bare, ip, finding, connection });
+            report::vxmon_report(skb);
         }
-        Outcome::Judged(finding) => watched.tally.verdict(finding.verdict),
     }
 }
 

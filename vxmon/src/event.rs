@@ -1,8 +1,9 @@
 //! The schema `vxmon.event/1`: what `attach` says, one JSON object a line. Names and formats are a contract with users'
-//! scripts; `docs/event.schema.json` is made from these types. Only data: nothing here computes or prints.
+//! scripts; `docs/event.schema.json` is made from these types. Only data: nothing here decides or prints.
 
 use std::collections::BTreeMap;
 
+use jiff::{Timestamp, fmt::temporal::DateTimePrinter};
 use schemars::{JsonSchema, Schema};
 use serde::Serialize;
 use vxmon_common::judge::{State, Verdict};
@@ -13,6 +14,15 @@ pub const SCHEMA: &str = "vxmon.event/1";
 /// The JSON Schema of a line, as it stands in `docs/event.schema.json`.
 pub fn schema() -> Schema {
     schemars::generate::SchemaSettings::draft2020_12().for_serialize().into_generator().into_root_schema_for::<Line>()
+}
+
+/// A time as events show it: RFC 3339, UTC, microseconds.
+pub fn rfc3339(time: Timestamp) -> String {
+    const PRINTER: DateTimePrinter = DateTimePrinter::new().precision(Some(6));
+    let mut text = String::new();
+    // Writing to a string does not fail.
+    let _ = PRINTER.print_timestamp(&time, &mut text);
+    text
 }
 
 /// The verdicts that are reported, by name.
@@ -44,6 +54,10 @@ impl From<Record> for Line {
 pub enum Record {
     /// A packet with a wrong checksum.
     Anomaly(Box<Anomaly>),
+    /// A connection that had packets with a wrong checksum has one with a right one.
+    Recovered(Box<Ending>),
+    /// No more is expected of a connection that had packets with a wrong checksum.
+    NotRecovered(Box<Ending>),
     /// A device is watched from now on.
     Attached(Attached),
     /// A device is no longer watched.
@@ -77,6 +91,9 @@ pub struct Anomaly {
     pub outer: Option<Endpoints>,
     /// The VXLAN network identifier.
     pub vni: Option<u32>,
+    /// The VXLAN device that the packet came from, by VNI and port; left out if that does not tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vxlan_dev: Option<String>,
     /// The packet inside.
     pub inner: Option<Inner>,
     /// `skb->mark`, hexadecimal.
@@ -87,7 +104,7 @@ pub struct Anomaly {
     pub nat: Option<Nat>,
     /// Why the checksum is wrong.
     pub cause: Option<Cause>,
-    /// The outer flow's story so far.
+    /// The story so far of the connection inside.
     pub flow: Option<Flow>,
     /// Anomalies of the same flow since the last one reported, counted but not reported.
     pub suppressed: u64,
@@ -242,13 +259,80 @@ pub struct Cause {
     pub proved: bool,
 }
 
-/// An outer flow's story.
-#[derive(Clone, Debug, Serialize, JsonSchema)]
+/// The story so far of the connection inside (protocol, addresses, ports and VNI), whatever outer flows carried it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Flow {
-    /// Number of this bad packet among those of its outer flow, from 1.
+    /// Number of this bad packet among those of its connection, from 1; repeats that were not reported are counted.
     pub attempt: u64,
     /// Milliseconds since the first one that was reported.
     pub since_first_ms: u64,
+    /// How long the outer conntrack entry, and with it the rewritten port, lives after this packet, by the kernel parameter
+    /// as it is now: `nf_conntrack_udp_timeout`, or `nf_conntrack_udp_timeout_stream` for an assured entry.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub conntrack_timeout_s: Option<u64>,
+    /// When the retry is expected to leave that gets through, if TCP goes on as the kernel parameters say; left out where
+    /// that cannot be told, or none will.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expected_recovery: Option<String>,
+    /// Why that one: `conntrack-timeout`: it comes after the entry has expired; `source-port`: it is the next retry, and
+    /// retries change the outer source port (`net.core.txrehash`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("enum" = ["conntrack-timeout", "source-port", null]))]
+    pub expected_by: Option<&'static str>,
+    /// A retry had a new conntrack entry, and was rewritten and broken again: waiting does not help.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub rewritten_anew: bool,
+}
+
+/// How the story of a connection with bad packets ended. Times in milliseconds count from its first bad packet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct Ending {
+    /// When: the packet that ended it, or when it was given up, RFC 3339, UTC.
+    pub ts: String,
+    /// Host name of the node.
+    pub node: String,
+    /// Device by which its last packet left.
+    pub dev: String,
+    /// The device's index.
+    pub ifindex: u32,
+    /// The VXLAN network identifier.
+    pub vni: Option<u32>,
+    /// The connection inside; flags and sequence number are null.
+    pub inner: Inner,
+    /// `connected`: TCP whose bad packets were SYNs; a right packet that is no SYN left, so a SYN was answered.
+    /// `good-again`: a right packet left; whether it was answered cannot be seen here. Not recovered: `not-seen-again`: no
+    /// further packet came; `not-answered`: a right SYN left, and nothing after it; `reset`: this side aborted it.
+    #[schemars(extend("enum" = ["connected", "good-again", "not-seen-again", "not-answered", "reset"]))]
+    pub outcome: &'static str,
+    /// `ts`.
+    pub after_ms: u64,
+    /// Bad packets, those included that were not reported.
+    pub bad_packets: u64,
+    /// TCP SYNs among them.
+    pub bad_syns: u64,
+    /// The last bad packet.
+    pub last_bad_ms: u64,
+    /// The first right packet after it.
+    pub first_good_ms: Option<u64>,
+    /// Why that one was right: `source-port`: it left with another outer source port before NAT; `conntrack-timeout`: with
+    /// the same one, longer than the timeout after the last bad one. Null if neither was seen.
+    #[schemars(extend("enum" = ["conntrack-timeout", "source-port", null]))]
+    pub by: Option<&'static str>,
+    /// What the last anomaly said.
+    pub expected_recovery: Option<String>,
+    /// Its first packets, as far as they were reported.
+    pub attempts: Vec<Attempt>,
+}
+
+/// A packet of a connection that had bad ones.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct Attempt {
+    /// When it left.
+    pub after_ms: u64,
+    /// Its outer source port as it left.
+    pub sport: Option<u16>,
+    /// Its checksum was wrong.
+    pub bad: bool,
 }
 
 /// A device is watched.
@@ -314,8 +398,27 @@ pub struct Summary {
     pub packets: Packets,
     /// By device.
     pub devices: Vec<DeviceSummary>,
+    /// Connections that had packets with a wrong checksum.
+    pub connections: Connections,
     /// How long it was watched, seconds.
     pub seconds: f64,
+}
+
+/// Connections with bad packets by what became of them: all but `bad` and `untold` add up to `bad`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct Connections {
+    /// All.
+    pub bad: u64,
+    /// Those with a line `recovered`.
+    pub recovered: u64,
+    /// Those with a line `not-recovered`.
+    pub not_recovered: u64,
+    /// Those that had not ended yet.
+    pub open: u64,
+    /// Those that were forgotten in favour of newer ones.
+    pub evicted: u64,
+    /// Lines `recovered` and `not-recovered` that could not be written.
+    pub untold: u64,
 }
 
 /// What one device did.

@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use jiff::{Timestamp, fmt::temporal::DateTimePrinter};
+use jiff::Timestamp;
 use nix::time::{ClockId, clock_gettime};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -22,9 +22,12 @@ use vxmon_common::{
 };
 
 use crate::{
-    attribute::{Attributor, ConntrackSource, Decoded},
+    attribute::{Attributor, ConntrackSource, Decoded, story},
     devices::{Plan, Role, Selection, Snapshot, Watch, plan},
-    event::{Anomalies, Attached, Detached, DeviceSummary, Line, Lost, LostByStage, Packets, Record, Summary},
+    event::{
+        Anomalies, Attached, Connections, Detached, DeviceSummary, Line, Lost, LostByStage, Packets, Record, Summary,
+        rfc3339,
+    },
     netlink::{
         monitor::{Changes, Monitor, Pace},
         socket::{Protocol, Socket},
@@ -130,6 +133,8 @@ struct Daemon<'a> {
     earlier: BTreeMap<&'static str, Packets>,
     reported: u64,
     lost_queue: u64,
+    /// Ends of stories that could not be written.
+    untold: u64,
     told_lost: (u64, u64),
     /// Devices that could not be attached to, so that each is complained of once.
     failed: BTreeMap<String, String>,
@@ -166,6 +171,7 @@ impl<'a> Daemon<'a> {
             earlier: BTreeMap::new(),
             reported: 0,
             lost_queue: 0,
+            untold: 0,
             told_lost: (0, 0),
             failed: BTreeMap::new(),
             retry_at: None,
@@ -201,6 +207,7 @@ impl<'a> Daemon<'a> {
         }
         self.detach_gone(&plan, changes)?;
         self.set_ports(&plan)?;
+        self.attributor.set_vxlans(&plan.vxlans);
         // Upper devices first: what passes a lower one meanwhile is then counted once, not twice.
         let mut wanted: Vec<&Watch> = plan.watches.iter().collect();
         wanted.sort_by_key(|watch| watch.above.len());
@@ -378,7 +385,7 @@ impl<'a> Daemon<'a> {
                 },
                 waited = events.wait() => {
                     waited.context("cannot wait for events")?;
-                    if self.drain(&mut events).1 {
+                    if self.drain(&mut events)?.1 {
                         break;
                     }
                 }
@@ -389,6 +396,7 @@ impl<'a> Daemon<'a> {
                 () = at(self.retry_at) => self.follow(Some(&Changes::default()))?,
                 _ = tick.tick() => {
                     self.heal()?;
+                    self.end_stories()?;
                     self.tell_lost()?;
                 }
             }
@@ -396,7 +404,7 @@ impl<'a> Daemon<'a> {
         self.detach_all()?;
         // What the kernel program sent before it was told to stop is still reported.
         if !self.enough() {
-            while !self.drain(&mut events).0 {}
+            while !self.drain(&mut events)?.0 {}
         }
         Ok(())
     }
@@ -406,18 +414,43 @@ impl<'a> Daemon<'a> {
     }
 
     /// Handles waiting events; whether none is left, and whether that was enough.
-    fn drain(&mut self, events: &mut Events) -> (bool, bool) {
+    fn drain(&mut self, events: &mut Events) -> Result<(bool, bool), EngineError> {
         for _ in 0..BATCH {
             match events.take() {
-                None => return (true, false),
-                Some(Ok(decoded)) => self.report(&decoded),
+                None => return Ok((true, false)),
+                Some(Ok(decoded)) => self.take(&decoded)?,
                 Some(Err(error)) => log::error!("from the kernel program: {error}"),
             }
             if self.enough() {
-                return (true, true);
+                return Ok((true, true));
             }
         }
-        (false, false)
+        Ok((false, false))
+    }
+
+    fn take(&mut self, decoded: &Decoded) -> Result<(), EngineError> {
+        if decoded.verdict.is_anomaly() {
+            self.report(decoded);
+        } else if let Some(ended) = self.attributor.follow_up(decoded) {
+            self.tell_end(&ended);
+        }
+        self.engine.follow(&self.attributor.awaiting())
+    }
+
+    fn tell_end(&mut self, ended: &story::Ended) {
+        let device = self.accounts.get(&ended.ifindex).map_or_else(String::new, |account| account.dev.clone());
+        let record = self.attributor.ending(ended, &device, &wall_clock);
+        if !self.write(record) {
+            self.untold += 1;
+        }
+    }
+
+    /// Ends the stories of which nothing more is expected.
+    fn end_stories(&mut self) -> Result<(), EngineError> {
+        for ended in monotonic().map(|now| self.attributor.expire(now)).unwrap_or_default() {
+            self.tell_end(&ended);
+        }
+        self.engine.follow(&self.attributor.awaiting())
     }
 
     fn report(&mut self, decoded: &Decoded) {
@@ -472,6 +505,11 @@ impl<'a> Daemon<'a> {
         Ok(())
     }
 
+    fn connections(&self) -> Connections {
+        let (story::Tally { opened, recovered, not_recovered, evicted }, open) = self.attributor.stories();
+        Connections { bad: opened, recovered, not_recovered, open, evicted, untold: self.untold }
+    }
+
     /// Writes the summary.
     fn finish(mut self) -> Result<u64> {
         self.tell_lost()?;
@@ -492,6 +530,7 @@ impl<'a> Daemon<'a> {
             node: self.node.clone(),
             packets: total,
             devices,
+            connections: self.connections(),
             seconds: (self.started.elapsed().as_secs_f64() * 1000.0).round() / 1000.0,
         };
         let line = render(self.settings.format, &Line::from(Record::Summary(summary)));
@@ -551,24 +590,19 @@ async fn at(until: Option<tokio::time::Instant>) {
     }
 }
 
-fn rfc3339(time: Timestamp) -> String {
-    const PRINTER: DateTimePrinter = DateTimePrinter::new().precision(Some(6));
-    let mut text = String::new();
-    // Writing to a string does not fail.
-    let _ = PRINTER.print_timestamp(&time, &mut text);
-    text
-}
-
 fn now() -> String {
     rfc3339(Timestamp::now())
 }
 
-/// A time of CLOCK_MONOTONIC (ns) as wall-clock time.
-fn wall_clock(monotonic_ns: u64) -> String {
-    let now = Timestamp::now();
-    let age = clock_gettime(ClockId::CLOCK_MONOTONIC)
-        .map(|now| Duration::from(now).as_nanos() as u64)
-        .unwrap_or(monotonic_ns)
-        .saturating_sub(monotonic_ns);
-    rfc3339(now.checked_sub(Duration::from_nanos(age)).unwrap_or(now))
+/// CLOCK_MONOTONIC, ns.
+fn monotonic() -> Option<u64> {
+    clock_gettime(ClockId::CLOCK_MONOTONIC).ok().map(|now| Duration::from(now).as_nanos() as u64)
+}
+
+/// A time of CLOCK_MONOTONIC (ns), past or to come, as wall-clock time.
+fn wall_clock(at: u64) -> String {
+    let (wall, now) = (Timestamp::now(), monotonic().unwrap_or(at));
+    let apart = Duration::from_nanos(now.abs_diff(at));
+    let time = if at <= now { wall.checked_sub(apart) } else { wall.checked_add(apart) };
+    rfc3339(time.unwrap_or(wall))
 }

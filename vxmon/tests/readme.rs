@@ -14,8 +14,8 @@ use serde_json::Value;
 use support::{Schema, read};
 use vxmon::{
     event::{
-        Anomalies, Anomaly, Attached, Cause, Csum, Ct, DeviceSummary, Endpoints, Flow, Inner, Line, LostByStage, Nat,
-        NatRule, Packets, Record, Summary,
+        Anomalies, Anomaly, Attached, Attempt, Cause, Connections, Csum, Ct, DeviceSummary, Ending, Endpoints, Flow,
+        Inner, Line, LostByStage, Nat, NatRule, Packets, Record, Summary,
     },
     sink::{Format, render},
 };
@@ -135,6 +135,7 @@ fn samples_are_as_the_schema_says() {
 }
 
 /// The text in README is what the program makes of the events in the sample file: both formats, byte by byte.
+/// `VXMON_BLESS=1 cargo test -p vxmon --test readme` takes both over from that file, which is a real run's output.
 #[test]
 fn the_text_sample_is_what_is_printed() {
     let readme = read("README.md");
@@ -143,6 +144,7 @@ fn the_text_sample_is_what_is_printed() {
         let record = match value["type"].as_str().unwrap() {
             "attached" => attached(value),
             "anomaly" => anomaly(value),
+            "recovered" => Record::Recovered(Box::new(ending(value))),
             "summary" => summary(value),
             other => panic!("a sample of type {other}"),
         };
@@ -150,6 +152,15 @@ fn the_text_sample_is_what_is_printed() {
         assert_eq!(render(Format::Json, &line).trim_end(), written);
         text += render(Format::Text, &line).trim_end();
         text += "\n";
+    }
+    if std::env::var_os("VXMON_BLESS").is_some_and(|bless| bless == "1") {
+        let kept = read(SAMPLE);
+        let anomaly = kept.lines().find(|line| line.contains("\"type\":\"anomaly\"")).unwrap();
+        let blessed = readme
+            .replace(blocks(&readme, "text")[0], &text)
+            .replace(blocks(&readme, "json")[0], &format!("{anomaly}\n"));
+        std::fs::write(support::path("README.md"), blessed).unwrap();
+        return;
     }
     assert_eq!(blocks(&readme, "text"), [text]);
 }
@@ -177,12 +188,21 @@ fn filters_do_what_is_said() {
     }
     let printed: Vec<String> =
         shell.iter().filter(|line| line.starts_with("jq ")).map(|filter| pipe(filter, &read(SAMPLE))).collect();
+    let samples = samples();
+    let of_type = |kind: &str| samples.iter().find(|sample| sample["type"] == kind).unwrap();
+    let (bad, recovered) = (of_type("anomaly"), of_type("recovered"));
     assert_eq!(
         printed,
         [
-            "2026-11-25T03:19:14.101483Z\tnat-stale-port\t50929\t21365\t10.244.0.0\t10.244.2.73\n",
-            "{\"lco-valid\":13,\"nat-stale-port\":1,\"pending\":14,\"valid\":4}\n",
-            "{\"ring\":0,\"queue\":0}\n",
+            format!(
+                "{}\tnat-stale-port\t{}\t{}\t10.244.0.0\t10.244.2.73\n",
+                bad["ts"].as_str().unwrap(),
+                bad["ct"]["orig"]["sport"],
+                bad["outer"]["sport"]
+            ),
+            format!("10.244.0.0\t10.244.2.73\tconnected\t{}\t1\tsource-port\n", recovered["after_ms"]),
+            "{\"lco-valid\":6,\"nat-stale-port\":1,\"pending\":7}\n".to_owned(),
+            "{\"ring\":0,\"queue\":0}\n".to_owned(),
         ]
     );
 }
@@ -300,6 +320,7 @@ fn anomaly(value: &Value) -> Record {
         },
         outer: Some(endpoints(&value["outer"])),
         vni: Some(number(&value["vni"])),
+        vxlan_dev: value["vxlan_dev"].as_str().map(str::to_owned),
         inner: Some(Inner {
             proto: text(&inner["proto"]),
             src: text(&inner["src"]),
@@ -324,10 +345,52 @@ fn anomaly(value: &Value) -> Record {
         flow: Some(Flow {
             attempt: number(&value["flow"]["attempt"]),
             since_first_ms: number(&value["flow"]["since_first_ms"]),
+            conntrack_timeout_s: value["flow"]["conntrack_timeout_s"].as_u64(),
+            expected_recovery: value["flow"]["expected_recovery"].as_str().map(str::to_owned),
+            expected_by: value["flow"]["expected_by"].as_str().map(|_| leak(&value["flow"]["expected_by"])),
+            rewritten_anew: value["flow"]["rewritten_anew"] == true,
         }),
         suppressed: number(&value["suppressed"]),
         missing: BTreeMap::new(),
     }))
+}
+
+fn ending(value: &Value) -> Ending {
+    let inner = &value["inner"];
+    Ending {
+        ts: text(&value["ts"]),
+        node: text(&value["node"]),
+        dev: text(&value["dev"]),
+        ifindex: number(&value["ifindex"]),
+        vni: value["vni"].as_u64().map(|vni| vni as u32),
+        inner: Inner {
+            proto: text(&inner["proto"]),
+            src: text(&inner["src"]),
+            sport: Some(number(&inner["sport"])),
+            dst: text(&inner["dst"]),
+            dport: Some(number(&inner["dport"])),
+            flags: None,
+            seq: None,
+        },
+        outcome: leak(&value["outcome"]),
+        after_ms: number(&value["after_ms"]),
+        bad_packets: number(&value["bad_packets"]),
+        bad_syns: number(&value["bad_syns"]),
+        last_bad_ms: number(&value["last_bad_ms"]),
+        first_good_ms: value["first_good_ms"].as_u64(),
+        by: value["by"].as_str().map(|_| leak(&value["by"])),
+        expected_recovery: value["expected_recovery"].as_str().map(str::to_owned),
+        attempts: value["attempts"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|attempt| Attempt {
+                after_ms: number(&attempt["after_ms"]),
+                sport: attempt["sport"].as_u64().map(|port| port as u16),
+                bad: attempt["bad"] == true,
+            })
+            .collect(),
+    }
 }
 
 fn summary(value: &Value) -> Record {
@@ -342,6 +405,14 @@ fn summary(value: &Value) -> Record {
         node: text(&value["node"]),
         packets: packets(&value["packets"]),
         devices: devices.collect(),
+        connections: Connections {
+            bad: number(&value["connections"]["bad"]),
+            recovered: number(&value["connections"]["recovered"]),
+            not_recovered: number(&value["connections"]["not_recovered"]),
+            open: number(&value["connections"]["open"]),
+            evicted: number(&value["connections"]["evicted"]),
+            untold: number(&value["connections"]["untold"]),
+        },
         seconds: value["seconds"].as_f64().unwrap(),
     })
 }

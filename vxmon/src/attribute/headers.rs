@@ -9,6 +9,7 @@ use vxmon_common::{
     conntrack,
     event::{Event, HEAD, event_flag, role},
     packet::{self, Bytes, Family, Fragment, Ip, Packet, UDP, proto},
+    story::{self, Connection},
 };
 
 use crate::event::{Endpoints, Inner};
@@ -60,6 +61,13 @@ pub fn endpoints(event: &Event) -> Option<conntrack::Endpoints> {
     Some(conntrack::Endpoints { src, dst, sport: packet.u16(ip.l4)?, dport: packet.u16(ip.l4 + 2)? })
 }
 
+/// The connection inside, and the packet's TCP flags: by the code that the kernel program runs.
+pub fn connection(event: &Event) -> Option<(Connection, u8)> {
+    let mut found = Connection::default();
+    let flags = story::connection(&head(event), &judged(event)?, event.role, event.ifindex, &mut found)?;
+    Some((found, flags))
+}
+
 /// Reads what an event says of the packets; what cannot be read is named in `missing`.
 pub fn read(event: &Event, missing: &mut BTreeMap<&'static str, String>) -> Headers {
     let packet = head(event);
@@ -89,17 +97,11 @@ pub fn read(event: &Event, missing: &mut BTreeMap<&'static str, String>) -> Head
 
 fn inner(packet: &Bytes<'_>, ip: &Ip) -> Option<Inner> {
     let (src, dst) = packet::addresses(packet, ip)?;
-    let has_ports = matches!(ip.proto, proto::TCP | proto::UDP) && ip.fragment != Fragment::Later;
+    let has_ports = has_ports(ip.proto) && ip.fragment != Fragment::Later;
     let port = |at: u32| has_ports.then(|| packet.u16(ip.l4 + at).map(u16::from_be)).flatten();
     let is_tcp = ip.proto == proto::TCP && has_ports;
     Some(Inner {
-        proto: match ip.proto {
-            proto::TCP => "tcp".to_owned(),
-            proto::UDP => "udp".to_owned(),
-            proto::ICMP => "icmp".to_owned(),
-            proto::ICMPV6 => "icmpv6".to_owned(),
-            other => other.to_string(),
-        },
+        proto: protocol(ip.proto),
         src: address(ip.family, &src).to_string(),
         sport: port(0),
         dst: address(ip.family, &dst).to_string(),
@@ -107,6 +109,22 @@ fn inner(packet: &Bytes<'_>, ip: &Ip) -> Option<Inner> {
         flags: is_tcp.then(|| packet.u8(ip.l4 + 13).map(tcp_flags)).flatten(),
         seq: is_tcp.then(|| packet.u32(ip.l4 + 4).map(u32::from_be)).flatten(),
     })
+}
+
+/// Whether a protocol has ports that vxmon knows.
+pub fn has_ports(protocol: u8) -> bool {
+    matches!(protocol, proto::TCP | proto::UDP)
+}
+
+/// A protocol's name in events.
+pub fn protocol(protocol: u8) -> String {
+    match protocol {
+        proto::TCP => "tcp".to_owned(),
+        proto::UDP => "udp".to_owned(),
+        proto::ICMP => "icmp".to_owned(),
+        proto::ICMPV6 => "icmpv6".to_owned(),
+        other => other.to_string(),
+    }
 }
 
 /// As tcpdump writes them.

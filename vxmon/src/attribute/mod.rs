@@ -4,13 +4,19 @@
 //! ```text
 //! headers    outer and inner packet, from the first bytes
 //! conntrack  the outer connection: from the skb, by netlink where the skb does not tell
+//! story      the connection inside: its bad packets, when it is expected to recover, how it ended
+//! parameters the kernel parameters that this hangs on
+//! ending     the end of a story, as an event shows it
 //! ```
 //! The cause itself, the predicted value, is [`vxmon_common::conntrack::cause`]: the kernel program's own code.
 
 mod conntrack;
+mod ending;
 mod headers;
+mod parameters;
+pub mod story;
 
-use std::{collections::HashMap, collections::VecDeque};
+use jiff::{SignedDuration, Timestamp};
 
 use vxmon_common::{
     conntrack::{Cause, Nat, Rewrite, cause},
@@ -20,14 +26,15 @@ use vxmon_common::{
 use zerocopy::FromBytes as _;
 
 pub use self::conntrack::Source as ConntrackSource;
-use self::headers::Headers;
+use self::{
+    headers::Headers,
+    story::{Awaiting, By, Circumstances, Entry, Seen, Stories, Tally},
+};
 use crate::{
-    event::{self, Anomaly},
+    devices::VxlanDevice,
+    event::{self, Anomaly, Record},
     netlink::conntrack::status,
 };
-
-/// Flows whose first anomaly is remembered; the oldest gives way.
-const FLOWS: usize = 8192;
 
 /// Why bytes from the ring buffer are not an event.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -75,14 +82,22 @@ pub struct Attributed {
 pub struct Attributor {
     node: String,
     conntrack: conntrack::Lookup,
-    firsts: HashMap<(u32, String, u16, String, u16), u64>,
-    order: VecDeque<(u32, String, u16, String, u16)>,
+    stories: Stories,
+    parameters: parameters::Reader,
+    /// VXLAN devices: port, VNI and name.
+    vxlans: Vec<(u16, u32, String)>,
 }
 
 impl Attributor {
     /// For this node.
     pub fn new(node: String, source: ConntrackSource) -> Self {
-        Self { node, conntrack: conntrack::Lookup::new(source), firsts: HashMap::new(), order: VecDeque::new() }
+        Self {
+            node,
+            conntrack: conntrack::Lookup::new(source),
+            stories: Stories::default(),
+            parameters: parameters::Reader::default(),
+            vxlans: Vec::new(),
+        }
     }
 
     /// Fills in an event seen on `device` at `ts`.
@@ -141,10 +156,18 @@ impl Attributor {
         if nat.is_none() {
             missing.insert("nat", "not known without the conntrack entry".to_owned());
         }
-        let flow = outer.as_ref().or(None).map(|outer| self.flow(&event, outer));
+        let entry =
+            rewrite.filter(|_| matches!(verdict, Verdict::NatMangledZero | Verdict::NatStalePort)).map(|nat| Entry {
+                before: u16::from_be(nat.before.sport),
+                after: u16::from_be(nat.after.sport),
+                is_assured: ct.as_ref().is_some_and(|ct| ct.status.contains(&"assured")),
+            });
+        let flow = self.flow(&event, &Circumstances { entry, is_marked: event.mark != 0 }, &ts);
         if flow.is_none() {
-            missing.insert("flow", "flows are told apart by their outer packets".to_owned());
+            missing.insert("flow", "the connection inside could not be read".to_owned());
         }
+        let vxlan_dev =
+            if event.role == role::UPLINK { self.vxlan_device(outer.as_ref(), vni) } else { Some(device.to_owned()) };
         let anomaly = Anomaly {
             ts,
             node: self.node.clone(),
@@ -161,6 +184,7 @@ impl Attributor {
             },
             outer,
             vni,
+            vxlan_dev,
             inner,
             mark: format!("{:#x}", event.mark),
             ct,
@@ -173,28 +197,83 @@ impl Attributor {
         Attributed { anomaly, counted, verdict }
     }
 
-    fn flow(&mut self, event: &Event, outer: &event::Endpoints) -> event::Flow {
-        let key = (event.ifindex, outer.src.clone(), outer.sport, outer.dst.clone(), outer.dport);
-        // A count that starts again is a new story: the kernel program has forgotten the flow.
-        let first = match self.firsts.get_mut(&key) {
-            Some(first) if event.count > 1 => *first,
-            Some(first) => {
-                *first = event.time_ns;
-                event.time_ns
-            }
-            None => {
-                if self.order.len() >= FLOWS
-                    && let Some(oldest) = self.order.pop_front()
-                {
-                    self.firsts.remove(&oldest);
-                }
-                self.order.push_back(key.clone());
-                self.firsts.insert(key, event.time_ns);
-                event.time_ns
-            }
-        };
-        event::Flow { attempt: event.count, since_first_ms: event.time_ns.saturating_sub(first) / 1_000_000 }
+    /// A good packet that was sent because its connection had bad ones; the end of that story, if it is that.
+    pub fn follow_up(&mut self, decoded: &Decoded) -> Option<story::Ended> {
+        let parameters = self.parameters.at(decoded.event.time_ns);
+        self.stories.good(&seen(&decoded.event)?, &parameters)
     }
+
+    /// Stories of which nothing more is expected at `now`, CLOCK_MONOTONIC, ns.
+    pub fn expire(&mut self, now: u64) -> Vec<story::Ended> {
+        self.stories.expire(now)
+    }
+
+    /// The end of a story as an event; `wall` turns a time of CLOCK_MONOTONIC (ns) into RFC 3339.
+    pub fn ending(&self, ended: &story::Ended, device: &str, wall: &dyn Fn(u64) -> String) -> Record {
+        ending::record(ended, &self.node, device, wall)
+    }
+
+    /// Whose good packets are waited for.
+    pub fn awaiting(&self) -> Awaiting {
+        self.stories.awaiting()
+    }
+
+    /// How many stories there were, and how many have not ended.
+    pub fn stories(&self) -> (Tally, u64) {
+        (self.stories.tally(), self.stories.open() as u64)
+    }
+
+    /// Takes note of the namespace's VXLAN devices.
+    pub fn set_vxlans(&mut self, vxlans: &[VxlanDevice]) {
+        let known = vxlans.iter().filter(|vxlan| !vxlan.settings.external);
+        self.vxlans = known.map(|v| (v.settings.port, v.settings.vni, v.name.clone())).collect();
+    }
+
+    /// The VXLAN device that a tunnel packet came from, if there is just one that it can be.
+    fn vxlan_device(&self, outer: Option<&event::Endpoints>, vni: Option<u32>) -> Option<String> {
+        let (port, vni) = (outer?.dport, vni?);
+        let mut fitting = self.vxlans.iter().filter(|(p, v, _)| *p == port && *v == vni);
+        let (_, _, name) = fitting.next()?;
+        fitting.next().is_none().then(|| name.clone())
+    }
+
+    fn flow(&mut self, event: &Event, circumstances: &Circumstances, ts: &str) -> Option<event::Flow> {
+        let parameters = self.parameters.at(event.time_ns);
+        let seen = seen(event)?;
+        let so_far = self.stories.bad(&seen, circumstances, &parameters);
+        let later = |at: u64| later(ts, at.saturating_sub(seen.at));
+        Some(event::Flow {
+            attempt: so_far.attempt,
+            since_first_ms: so_far.since_first / 1_000_000,
+            conntrack_timeout_s: so_far.timeout.map(|timeout| timeout / 1_000_000_000),
+            expected_recovery: so_far.expected.and_then(|(at, _)| later(at)),
+            expected_by: so_far.expected.map(|(_, by)| By::name(by)),
+            rewritten_anew: so_far.is_rewritten_anew,
+        })
+    }
+}
+
+/// An event's packet as its connection's story takes it.
+fn seen(event: &Event) -> Option<Seen> {
+    let (connection, tcp_flags) = headers::connection(event)?;
+    let outer = if event.role == role::UPLINK { headers::endpoints(event) } else { None };
+    Some(Seen {
+        connection,
+        ifindex: event.ifindex,
+        at: event.time_ns,
+        sport: outer.map_or(0, |outer| u16::from_be(outer.sport)),
+        tcp_flags,
+        counted: event.attempts.into(),
+        counted_syns: event.bad_syns.into(),
+        last_bad: event.last_bad_ns,
+    })
+}
+
+/// A time so many ns later than `ts`, in the same form.
+fn later(ts: &str, by: u64) -> Option<String> {
+    let time = ts.parse::<Timestamp>().ok()?;
+    let later = time.checked_add(SignedDuration::from_nanos(i64::try_from(by).ok()?)).ok()?;
+    Some(event::rfc3339(later))
 }
 
 /// A checksum as events show it: hexadecimal, network order.

@@ -2,12 +2,14 @@
 
 use std::fmt::Write as _;
 
-use crate::event::{Anomaly, Attached, Detached, Endpoints, Inner, Lost, Packets, Record, Summary};
+use crate::event::{Anomaly, Attached, Detached, Ending, Endpoints, Inner, Lost, Packets, Record, Summary};
 
 /// An event as text, without the last line's end.
 pub fn render(record: &Record) -> String {
     match record {
         Record::Anomaly(anomaly) => self::anomaly(anomaly),
+        Record::Recovered(ending) => self::ending("recovered", ending),
+        Record::NotRecovered(ending) => self::ending("not-recovered", ending),
         Record::Attached(Attached { ts, dev, role, why, hook, metadata, .. }) => {
             let blind = if *metadata == "none" { ", without skb metadata" } else { "" };
             format!("{} {dev} watched as {role} ({}; by {hook}{blind})", time(ts), why.join(", "))
@@ -95,6 +97,36 @@ fn anomaly(anomaly: &Anomaly) -> String {
     if anomaly.suppressed > 0 {
         let _ = write!(line, " | {} more since the last line", anomaly.suppressed);
     }
+    line
+}
+
+/// `6 bad SYNs`, `1 bad packet`.
+fn bad_packets(ending: &Ending) -> String {
+    let what = if ending.bad_syns == ending.bad_packets { "SYN" } else { "packet" };
+    format!("{} bad {what}{}", ending.bad_packets, if ending.bad_packets == 1 { "" } else { "s" })
+}
+
+fn ending(name: &str, ending: &Ending) -> String {
+    let seconds = |ms: u64| format!("{:.1} s", ms as f64 / 1e3);
+    let (bad, after) = (bad_packets(ending), seconds(ending.after_ms));
+    let first_good = seconds(ending.first_good_ms.unwrap_or(ending.after_ms));
+    let mut line = format!("{} {} {name}", time(&ending.ts), ending.dev);
+    if let Some(vni) = ending.vni {
+        let _ = write!(line, " vni {vni}");
+    }
+    let _ = write!(line, " {} | ", inner_text(&ending.inner));
+    let _ = match ending.outcome {
+        "connected" => write!(line, "connected after {after}, {bad}"),
+        "good-again" => write!(line, "a packet with a right checksum left after {after}, {bad}"),
+        "not-answered" => write!(line, "a right SYN left after {first_good}, {bad}, and nothing after it"),
+        "reset" => write!(line, "aborted after {after}, {bad}"),
+        _ => write!(line, "not seen again after {bad} in {}", seconds(ending.last_bad_ms)),
+    };
+    line += match ending.by {
+        Some("source-port") => " | by another outer source port",
+        Some("conntrack-timeout") => " | the outer conntrack entry had expired",
+        _ => "",
+    };
     line
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use vxmon_common::counters::Counters;
 
 use super::{events::Events, tc::TcError};
-use crate::devices::Watch;
+use crate::{attribute::story::Awaiting, devices::Watch};
 
 /// What an engine could not do.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +48,12 @@ pub trait Engine {
 
     /// Devices that somebody else stopped from being watched, to be detached and attached again.
     fn unhooked(&self) -> Vec<Watch>;
+
+    /// Tells whose good packets are waited for: those of connections with bad ones come as events too. An engine that has
+    /// no way to do so does nothing.
+    fn follow(&mut self, _awaiting: &Awaiting) -> Result<(), EngineError> {
+        Ok(())
+    }
 
     /// Hands the engine's own log lines, if any were asked for, to this process's log. Called each second.
     fn flush_log(&mut self) {}

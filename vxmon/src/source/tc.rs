@@ -27,6 +27,7 @@ use super::{
     object,
 };
 use crate::{
+    attribute::story::Awaiting,
     devices::{Role, Watch},
     netlink,
 };
@@ -129,6 +130,7 @@ pub struct Tc {
     instance: Option<clsact::Instance>,
     slots: BTreeMap<u32, Slot>,
     ports: BTreeMap<u16, bool>,
+    awaiting: Awaiting,
     metadata: &'static str,
 }
 
@@ -169,7 +171,16 @@ impl Tc {
             None
         };
         let metadata = if layout.config.has_skb > 0 { "skb" } else { "none" };
-        Ok(Self { ebpf, log, hook, instance: None, slots: BTreeMap::new(), ports: BTreeMap::new(), metadata })
+        Ok(Self {
+            ebpf,
+            log,
+            hook,
+            instance: None,
+            slots: BTreeMap::new(),
+            ports: BTreeMap::new(),
+            awaiting: Awaiting::default(),
+            metadata,
+        })
     }
 
     fn array<T: Pod>(&mut self, name: &'static str) -> Result<Array<&mut MapData, T>, TcError> {
@@ -247,26 +258,39 @@ impl Tc {
 
     /// Writes which device has which slot, and what lies on what.
     fn write_tables(&mut self) -> Result<(), TcError> {
-        let slot_of: BTreeMap<u32, u32> = self.slots.iter().map(|(slot, s)| (s.watch.ifindex, *slot)).collect();
+        self.write_devices()?;
         let mut table = Box::new(Table([0; 1 << 16]));
-        let mut devices = Vec::new();
         for (slot, Slot { watch, .. }) in &self.slots {
             table.0[usize::from(watch.ifindex as u16)] = *slot as u8;
+        }
+        let failed = |source| TcError::Map { map: config::SLOTS_MAP, source };
+        self.array::<Table>(config::SLOTS_MAP)?.set(0, *table, 0).map_err(failed)
+    }
+
+    /// Writes what the kernel program knows of each device.
+    fn write_devices(&mut self) -> Result<(), TcError> {
+        let slot_of: BTreeMap<u32, u32> = self.slots.iter().map(|(slot, s)| (s.watch.ifindex, *slot)).collect();
+        let mut devices = Vec::new();
+        for (slot, Slot { watch, .. }) in &self.slots {
             let mut above = [0_u64; 2];
             for upper in watch.above.iter().filter_map(|ifindex| slot_of.get(ifindex)) {
                 above[(upper / 64) as usize] |= 1 << (upper % 64);
             }
             let has_lower = self.slots.values().any(|other| other.watch.above.contains(&watch.ifindex));
-            let flags =
-                if watch.l2 { 0 } else { device_flag::BARE } | if has_lower { device_flag::HAS_LOWER } else { 0 };
+            let follows = match watch.role {
+                Role::Uplink => self.awaiting.uplinks,
+                Role::Vxlan => self.awaiting.devices.contains(&watch.ifindex),
+            };
+            let flags = if watch.l2 { 0 } else { device_flag::BARE }
+                | if has_lower { device_flag::HAS_LOWER } else { 0 }
+                | if follows { device_flag::FOLLOW } else { 0 };
             devices.push((*slot, Device { ifindex: watch.ifindex, flags, above }));
         }
-        let failed = |map| move |source| TcError::Map { map, source };
         let mut map = self.array::<Device>(config::DEVICES_MAP)?;
         for (slot, device) in devices {
-            map.set(slot, device, 0).map_err(failed(config::DEVICES_MAP))?;
+            map.set(slot, device, 0).map_err(|source| TcError::Map { map: config::DEVICES_MAP, source })?;
         }
-        self.array::<Table>(config::SLOTS_MAP)?.set(0, *table, 0).map_err(failed(config::SLOTS_MAP))
+        Ok(())
     }
 }
 
@@ -294,6 +318,14 @@ impl Engine for Tc {
             .set(0, *table, 0)
             .map_err(|source| TcError::Map { map: config::PORTS_MAP, source })?;
         self.ports = ports.clone();
+        Ok(())
+    }
+
+    fn follow(&mut self, awaiting: &Awaiting) -> Result<(), EngineError> {
+        if *awaiting != self.awaiting {
+            self.awaiting = awaiting.clone();
+            self.write_devices()?;
+        }
         Ok(())
     }
 
