@@ -4,6 +4,7 @@
 //! ```text
 //! cli/        one file for each verb
 //! monitor     the daemon's loop
+//! account     what is kept of each device's packets
 //! source/     where observations come from: the TC programs
 //! netlink/    the kernel's wire formats: links, addresses, routes, tc, conntrack
 //! devices     which devices to watch
@@ -13,8 +14,10 @@
 //! ```
 //! Arrows go one way: source, attribute, sink. Sinks never ask the kernel.
 
+pub mod account;
 pub mod attribute;
 pub mod cli;
+pub mod clock;
 pub mod devices;
 pub mod event;
 pub mod monitor;

@@ -10,24 +10,17 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use jiff::Timestamp;
-use nix::time::{ClockId, clock_gettime};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     time::MissedTickBehavior,
 };
-use vxmon_common::{
-    counters::Counters,
-    judge::{Reason, Verdict},
-};
 
 use crate::{
+    account::{self, Account, Accounts},
     attribute::{Attributor, ConntrackSource, Decoded, story},
-    devices::{Plan, Role, Selection, Snapshot, Watch, plan},
-    event::{
-        Anomalies, Attached, Connections, Detached, DeviceSummary, Line, Lost, LostByStage, Packets, Record, Summary,
-        rfc3339,
-    },
+    clock::{monotonic, now, wall_clock},
+    devices::{Plan, Selection, Snapshot, Watch, plan},
+    event::{Anomalies, Attached, Connections, Detached, DeviceSummary, Line, Lost, Packets, Record, Summary},
     netlink::{
         monitor::{Changes, Monitor, Pace},
         socket::{Protocol, Socket},
@@ -69,8 +62,6 @@ const BATCH: usize = 256;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// The longest wait before it is tried again.
 const LONGEST_RETRY: Duration = Duration::from_secs(10);
-/// Devices whose accounts are kept apart.
-const MAX_ACCOUNTS: usize = 256;
 /// When a device is tried again that could not be attached to.
 const RETRY: Duration = Duration::from_millis(250);
 
@@ -104,18 +95,6 @@ impl Ends {
     }
 }
 
-/// What is kept of a device, watched or no longer.
-struct Account {
-    dev: String,
-    role: &'static str,
-    /// Of the times it was watched before; what it counts now is in the kernel.
-    counters: Counters,
-    /// Anomalies reported by a line.
-    reported: u64,
-    /// Anomalies that the kernel program counted under one verdict and that turned out to be of another.
-    renamed: BTreeMap<(Verdict, Verdict), u64>,
-}
-
 struct Daemon<'a> {
     settings: Settings,
     say: &'a dyn Fn(&str),
@@ -127,10 +106,7 @@ struct Daemon<'a> {
     attributor: Attributor,
     writer: Option<Writer>,
     broken: crate::sink::writer::Broken,
-    /// By interface index.
-    accounts: BTreeMap<u32, Account>,
-    /// By role: the devices whose accounts were closed.
-    earlier: BTreeMap<&'static str, Packets>,
+    accounts: Accounts,
     reported: u64,
     lost_queue: u64,
     /// Ends of stories that could not be written.
@@ -167,8 +143,7 @@ impl<'a> Daemon<'a> {
             route,
             writer: Some(writer),
             broken,
-            accounts: BTreeMap::new(),
-            earlier: BTreeMap::new(),
+            accounts: Accounts::default(),
             reported: 0,
             lost_queue: 0,
             untold: 0,
@@ -270,7 +245,8 @@ impl<'a> Daemon<'a> {
                 why,
             }));
         }
-        self.close_accounts();
+        let engine = &self.engine;
+        self.accounts.close_gone(|ifindex| engine.device(ifindex).is_some());
         Ok(())
     }
 
@@ -297,28 +273,7 @@ impl<'a> Daemon<'a> {
     }
 
     fn account(&mut self, ifindex: u32) -> &mut Account {
-        let engine = &self.engine;
-        self.accounts.entry(ifindex).or_insert_with(|| {
-            let watch = engine.device(ifindex);
-            Account {
-                dev: watch.map_or_else(|| format!("if{ifindex}"), |watch| watch.name.clone()),
-                role: watch.map_or(Role::Uplink, |watch| watch.role).as_str(),
-                counters: Counters::default(),
-                reported: 0,
-                renamed: BTreeMap::new(),
-            }
-        })
-    }
-
-    /// Closes the accounts of the longest gone devices where a great many came and went.
-    fn close_accounts(&mut self) {
-        while self.accounts.len() > MAX_ACCOUNTS {
-            let gone = self.accounts.keys().copied().find(|ifindex| self.engine.device(*ifindex).is_none());
-            let Some(account) = gone.and_then(|ifindex| self.accounts.remove(&ifindex)) else {
-                return;
-            };
-            add(self.earlier.entry(account.role).or_default(), &packets(&account));
-        }
+        self.accounts.of(ifindex, self.engine.device(ifindex))
     }
 
     fn attach(&mut self, watch: &Watch, first: bool) -> Result<()> {
@@ -459,8 +414,7 @@ impl<'a> Daemon<'a> {
         let attributed = self.attributor.attribute(decoded, &device, wall_clock(decoded.event.time_ns));
         if attributed.verdict != attributed.counted {
             let packets = attributed.anomaly.suppressed.saturating_add(1);
-            let renamed = &mut self.account(ifindex).renamed;
-            *renamed.entry((attributed.counted, attributed.verdict)).or_default() += packets;
+            self.account(ifindex).rename(attributed.counted, attributed.verdict, packets);
         }
         if self.write(Record::Anomaly(Box::new(attributed.anomaly))) {
             self.account(ifindex).reported += 1;
@@ -476,8 +430,7 @@ impl<'a> Daemon<'a> {
     }
 
     fn lost(&self) -> Result<(u64, u64), EngineError> {
-        let closed: u64 = self.earlier.values().map(|packets| packets.lost.ring).sum();
-        let mut ring = closed + self.accounts.values().map(|account| account.counters.lost_ring).sum::<u64>();
+        let mut ring = self.accounts.lost_ring();
         for watch in self.engine.watched() {
             ring += self.engine.counters(watch.ifindex)?.lost_ring;
         }
@@ -515,15 +468,11 @@ impl<'a> Daemon<'a> {
         self.tell_lost()?;
         let mut total = Packets::default();
         let mut anomalies = 0;
-        let mut devices = Vec::new();
-        let earlier = self.earlier.iter().map(|(role, packets)| ("(earlier devices)", 0, *role, packets.clone()));
-        let accounts =
-            self.accounts.iter().map(|(ifindex, account)| (&*account.dev, *ifindex, account.role, packets(account)));
-        for (dev, ifindex, role, packets) in earlier.chain(accounts) {
+        let devices = self.accounts.devices();
+        for DeviceSummary { packets, .. } in &devices {
             let Anomalies { reported, suppressed } = packets.anomalies;
             anomalies += reported + suppressed + packets.lost.ring + packets.lost.queue;
-            add(&mut total, &packets);
-            devices.push(DeviceSummary { dev: dev.to_owned(), ifindex, role, packets });
+            account::add(&mut total, packets);
         }
         let summary = Summary {
             ts: now(),
@@ -542,67 +491,9 @@ impl<'a> Daemon<'a> {
     }
 }
 
-/// A device's account as the summary shows it.
-fn packets(account: &Account) -> Packets {
-    let counters = &account.counters;
-    let mut verdicts: BTreeMap<&'static str, u64> =
-        Verdict::ALL.iter().zip(counters.verdicts).map(|(verdict, n)| (verdict.name(), n)).collect();
-    for ((from, to), n) in &account.renamed {
-        let moved = (*n).min(verdicts.get(from.name()).copied().unwrap_or(0));
-        *verdicts.entry(from.name()).or_default() -= moved;
-        *verdicts.entry(to.name()).or_default() += moved;
-    }
-    Packets {
-        seen: counters.seen(),
-        other: counters.other,
-        counted_above: counters.counted_above,
-        verdicts,
-        unverified: Reason::ALL.iter().zip(counters.unverified).map(|(reason, n)| (reason.name(), n)).collect(),
-        anomalies: Anomalies { reported: account.reported, suppressed: counters.suppressed },
-        lost: LostByStage {
-            ring: counters.lost_ring,
-            // Also what was sent and never read, because enough was seen.
-            queue: counters.sent.saturating_sub(account.reported),
-        },
-    }
-}
-
-fn add(total: &mut Packets, packets: &Packets) {
-    total.seen += packets.seen;
-    total.other += packets.other;
-    total.counted_above += packets.counted_above;
-    for (name, n) in &packets.verdicts {
-        *total.verdicts.entry(name).or_default() += n;
-    }
-    for (name, n) in &packets.unverified {
-        *total.unverified.entry(name).or_default() += n;
-    }
-    total.anomalies.reported += packets.anomalies.reported;
-    total.anomalies.suppressed += packets.anomalies.suppressed;
-    total.lost.ring += packets.lost.ring;
-    total.lost.queue += packets.lost.queue;
-}
-
 async fn at(until: Option<tokio::time::Instant>) {
     match until {
         Some(until) => tokio::time::sleep_until(until).await,
         None => std::future::pending().await,
     }
-}
-
-fn now() -> String {
-    rfc3339(Timestamp::now())
-}
-
-/// CLOCK_MONOTONIC, ns.
-fn monotonic() -> Option<u64> {
-    clock_gettime(ClockId::CLOCK_MONOTONIC).ok().map(|now| Duration::from(now).as_nanos() as u64)
-}
-
-/// A time of CLOCK_MONOTONIC (ns), past or to come, as wall-clock time.
-fn wall_clock(at: u64) -> String {
-    let (wall, now) = (Timestamp::now(), monotonic().unwrap_or(at));
-    let apart = Duration::from_nanos(now.abs_diff(at));
-    let time = if at <= now { wall.checked_sub(apart) } else { wall.checked_add(apart) };
-    rfc3339(time.unwrap_or(wall))
 }
