@@ -12,8 +12,11 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use aya_build::{Package, Toolchain};
+use sha2::{Digest as _, Sha256};
 
 const OBJECTS: [&str; 2] = ["vxmon", "vxmon-test"];
+/// Not in the daemon's binary.
+const TEST_OBJECT: &str = "vxmon-test";
 const SETUP: &str = "run `cargo xtask setup`";
 
 fn main() {
@@ -38,9 +41,23 @@ fn build() -> Result<()> {
         for object in OBJECTS {
             fs::write(out.join(object), [])?;
         }
+        println!("cargo::rustc-env=VXMON_EBPF_ID=none");
         return Ok(());
     }
-    ebpf(&root, &out)
+    ebpf(&root, &out)?;
+    println!("cargo::rustc-env=VXMON_EBPF_ID={}", object_id(&out)?);
+    Ok(())
+}
+
+/// Identifies the objects that the daemon loads: the head of the SHA-256 of their names, sizes and contents.
+fn object_id(out: &Path) -> Result<String> {
+    let mut hash = Sha256::new();
+    for object in OBJECTS.into_iter().filter(|object| *object != TEST_OBJECT) {
+        let content = fs::read(out.join(object)).with_context(|| format!("cannot read the object {object}"))?;
+        hash.update(format!("{object} {}\n", content.len()));
+        hash.update(&content);
+    }
+    Ok(hash.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect())
 }
 
 fn ebpf(root: &Path, out: &Path) -> Result<()> {

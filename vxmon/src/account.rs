@@ -93,6 +93,12 @@ impl Accounts {
         })
     }
 
+    /// A device's name, if it has an account.
+    #[must_use]
+    pub fn name(&self, ifindex: u32) -> Option<&str> {
+        self.open.get(&ifindex).map(|account| account.dev.as_str())
+    }
+
     /// Closes the accounts of devices that are gone where a great many came and went.
     pub fn close_gone(&mut self, is_watched: impl Fn(u32) -> bool) {
         while self.open.len() > MAX_ACCOUNTS {

@@ -9,7 +9,9 @@
 //! - `stack`: which device lies on which
 //! - `uplinks`: the devices by which one VXLAN device's packets leave
 //! - `plan`: the decision
+//! - `offload`: whether VXLAN devices' checksum offload changes
 
+pub mod offload;
 mod plan;
 mod snapshot;
 mod stack;

@@ -62,8 +62,12 @@ pub enum Record {
     Attached(Attached),
     /// A device is no longer watched.
     Detached(Detached),
+    /// A VXLAN device's checksum offload was switched, or came back with a device made anew.
+    Offload(Offload),
     /// Anomalies were counted but could not be reported.
     Lost(Lost),
+    /// This reader of the socket was too slow: lines went by that it did not get.
+    Missed(Missed),
     /// The last line: everything that was seen.
     Summary(Summary),
 }
@@ -385,6 +389,42 @@ pub struct Lost {
     pub ring: u64,
     /// Since the last such line: not written, the reader of the output being slow.
     pub queue: u64,
+}
+
+/// A VXLAN device's checksum offload is not what it was. With it on, NAT of the outer packets breaks their checksums.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct Offload {
+    /// When it was noticed, RFC 3339, UTC.
+    pub ts: String,
+    /// Host name of the node.
+    pub node: String,
+    /// The VXLAN device.
+    pub dev: String,
+    /// Its index.
+    pub ifindex: u32,
+    /// The feature, as ethtool names it.
+    #[schemars(extend("enum" = ["tx-checksum-ip-generic"]))]
+    pub feature: &'static str,
+    /// `on` or `off`.
+    #[schemars(extend("enum" = ["on", "off"]))]
+    pub state: &'static str,
+    /// What it was before, on the device or on the one of that name before it.
+    #[schemars(extend("enum" = ["on", "off"]))]
+    pub was: &'static str,
+    /// `switched`: on the same device; `recreated`: the device was made anew.
+    #[schemars(extend("enum" = ["switched", "recreated"]))]
+    pub why: &'static str,
+}
+
+/// Lines that one reader of the socket did not get.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct Missed {
+    /// When it was told, RFC 3339, UTC.
+    pub ts: String,
+    /// Host name of the node.
+    pub node: String,
+    /// How many lines, of whatever type; whether they would have passed the reader's filters is not known.
+    pub lines: u64,
 }
 
 /// Everything that was seen.

@@ -9,8 +9,10 @@
 //! netlink/    the kernel's wire formats: links, addresses, routes, tc, conntrack
 //! devices     which devices to watch
 //! attribute/  the sections of an anomaly that the packet itself does not hold: its conntrack entry, the cause
+//! telemetry   what is noted for the metrics
+//! ethtool     a device's offload features
 //! event       the schema vxmon.event/1
-//! sink/       text and JSON
+//! sink/       text and JSON; the live log's socket and the metrics
 //! ```
 //! Arrows go one way: source, attribute, sink. Sinks never ask the kernel.
 
@@ -19,8 +21,10 @@ pub mod attribute;
 pub mod cli;
 pub mod clock;
 pub mod devices;
+pub mod ethtool;
 pub mod event;
 pub mod monitor;
 pub mod netlink;
 pub mod sink;
 pub mod source;
+pub mod telemetry;

@@ -4,8 +4,9 @@
 //! ([`crate::source::events`]), which is the only queue before the output's. Nothing here knows how packets are judged.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io::Write,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -19,18 +20,25 @@ use crate::{
     account::{self, Account, Accounts},
     attribute::{Attributor, ConntrackSource, Decoded, story},
     clock::{monotonic, now, wall_clock},
-    devices::{Plan, Selection, Snapshot, Watch, plan},
-    event::{Anomalies, Attached, Connections, Detached, DeviceSummary, Line, Lost, Packets, Record, Summary},
+    devices::{Plan, Selection, Snapshot, Watch, offload::Offloads, plan},
+    event::{Anomalies, Attached, Connections, Detached, DeviceSummary, Line, Lost, Offload, Packets, Record, Summary},
     netlink::{
         monitor::{Changes, Monitor, Pace},
         socket::{Protocol, Socket},
     },
-    sink::{Format, render, writer::Writer},
+    sink::{
+        Format,
+        live::{Listeners, Live},
+        metrics::Readings,
+        render,
+        writer::Writer,
+    },
     source::{
         engine::{Engine, EngineError},
         events::Events,
         start::{self, Choice},
     },
+    telemetry::Telemetry,
 };
 
 /// What `attach` was asked to do.
@@ -66,11 +74,17 @@ const LONGEST_RETRY: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_millis(250);
 
 /// Watches until told to end; how many anomalies were seen.
-pub async fn run(settings: Settings, output: Box<dyn Write + Send>, say: &dyn Fn(&str)) -> Result<u64> {
+pub async fn run(
+    settings: Settings,
+    output: Box<dyn Write + Send>,
+    listeners: Listeners,
+    say: &dyn Fn(&str),
+) -> Result<u64> {
     // Before anything is attached: a signal's default action would leave it behind.
     let ends = Ends::listen()?;
-    let mut daemon = Daemon::start(settings, output, say)?;
+    let mut daemon = Daemon::start(settings, output, listeners, say)?;
     daemon.follow(None)?;
+    daemon.measure()?;
     daemon.first_words();
     daemon.watch(ends).await?;
     daemon.finish()
@@ -106,6 +120,9 @@ struct Daemon<'a> {
     attributor: Attributor,
     writer: Option<Writer>,
     broken: crate::sink::writer::Broken,
+    live: Live,
+    telemetry: Telemetry,
+    offloads: Offloads,
     accounts: Accounts,
     reported: u64,
     lost_queue: u64,
@@ -124,7 +141,12 @@ struct Daemon<'a> {
 }
 
 impl<'a> Daemon<'a> {
-    fn start(settings: Settings, output: Box<dyn Write + Send>, say: &'a dyn Fn(&str)) -> Result<Self> {
+    fn start(
+        settings: Settings,
+        output: Box<dyn Write + Send>,
+        listeners: Listeners,
+        say: &'a dyn Fn(&str),
+    ) -> Result<Self> {
         // Before the first look at the devices, so that nothing slips through between.
         let monitor = Monitor::open(Pace::default())?;
         let route = Socket::open(Protocol::Route)?;
@@ -132,7 +154,11 @@ impl<'a> Daemon<'a> {
         let events = engine.events()?;
         let (writer, broken) = Writer::start(output).context("cannot start the output thread")?;
         let node = nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let live = Live::start(listeners, &node).context("cannot start the thread of the socket and the metrics")?;
         Ok(Self {
+            live,
+            telemetry: Telemetry::default(),
+            offloads: Offloads::default(),
             attributor: Attributor::new(node.clone(), settings.conntrack),
             settings,
             say,
@@ -192,6 +218,10 @@ impl<'a> Daemon<'a> {
                 Some(_) => self.engine.update(watch)?,
                 None => self.attach(watch, first)?,
             }
+        }
+        let none = BTreeSet::new();
+        for change in self.offloads.look(&plan.vxlans, changes.map_or(&none, |changes| &changes.removed)) {
+            self.write(Record::Offload(Offload { ts: now(), node: self.node.clone(), ..change }));
         }
         self.retry_after = if self.failed.is_empty() { RETRY } else { (self.retry_after * 2).min(LONGEST_RETRY) };
         if first && !plan.watches.is_empty() && self.engine.watched().is_empty() {
@@ -340,7 +370,9 @@ impl<'a> Daemon<'a> {
                 },
                 waited = events.wait() => {
                     waited.context("cannot wait for events")?;
-                    if self.drain(&mut events)?.1 {
+                    let (drained, enough) = self.drain(&mut events)?;
+                    self.telemetry.behind = !drained;
+                    if enough {
                         break;
                     }
                 }
@@ -353,6 +385,7 @@ impl<'a> Daemon<'a> {
                     self.heal()?;
                     self.end_stories()?;
                     self.tell_lost()?;
+                    self.measure()?;
                 }
             }
         }
@@ -393,7 +426,7 @@ impl<'a> Daemon<'a> {
     }
 
     fn tell_end(&mut self, ended: &story::Ended) {
-        let device = self.accounts.get(&ended.ifindex).map_or_else(String::new, |account| account.dev.clone());
+        let device = self.accounts.name(ended.ifindex).unwrap_or_default().to_owned();
         let record = self.attributor.ending(ended, &device, &wall_clock);
         if !self.write(record) {
             self.untold += 1;
@@ -425,7 +458,10 @@ impl<'a> Daemon<'a> {
     }
 
     fn write(&mut self, record: Record) -> bool {
-        let line = render(self.settings.format, &Line::from(record));
+        self.telemetry.note(&record);
+        let line = Arc::new(Line::from(record));
+        self.live.publish(&line);
+        let line = render(self.settings.format, &line);
         self.writer.as_mut().is_some_and(|writer| writer.line(line))
     }
 
@@ -447,6 +483,27 @@ impl<'a> Daemon<'a> {
                 self.told_lost = (ring, queue);
             }
         }
+        Ok(())
+    }
+
+    /// Shows the metrics as they are now.
+    fn measure(&mut self) -> Result<(), EngineError> {
+        let Some(board) = self.live.board() else {
+            return Ok(());
+        };
+        let mut running = BTreeMap::new();
+        for watch in self.engine.watched() {
+            running.insert(watch.ifindex, self.engine.counters(watch.ifindex)?);
+        }
+        let readings = Readings {
+            packets: self.accounts.by_name(|ifindex| running.get(&ifindex).copied().unwrap_or_default()),
+            lost: self.lost()?,
+            offload: self.offloads.current().map(|(name, on)| (name.to_owned(), on)).collect(),
+            programs: self.engine.run_stats(),
+            readers: self.live.readers(),
+            ..self.telemetry.readings()
+        };
+        board.show(readings, !self.telemetry.behind);
         Ok(())
     }
 
@@ -482,8 +539,11 @@ impl<'a> Daemon<'a> {
             connections: self.connections(),
             seconds: (self.started.elapsed().as_secs_f64() * 1000.0).round() / 1000.0,
         };
-        let line = render(self.settings.format, &Line::from(Record::Summary(summary)));
+        let line = Arc::new(Line::from(Record::Summary(summary)));
+        self.live.publish(&line);
+        let line = render(self.settings.format, &line);
         let written = self.writer.take().is_some_and(|writer| writer.finish(line, PATIENCE));
+        self.live.finish();
         if !written && !self.reader_gone {
             bail!("the last lines, the summary among them, could not be written: the output is full or is not read");
         }

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 use nix::sched::{CloneFlags, setns};
 
-use super::{privilege, say};
+use super::{listen, privilege, say};
 use crate::{
     attribute::ConntrackSource,
     devices::Selection,
@@ -25,35 +25,37 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Devices to watch; without any, every VXLAN device and the uplinks its packets leave by, as they come and go.
-    #[arg(value_name = "IFACE")]
+    #[arg(value_name = "IFACE", env = "VXMON_IFACE", value_delimiter = ' ')]
     devices: Vec<String>,
     /// A UDP port of tunnel packets, beside 4789, 8472 and those of the VXLAN devices. May be repeated.
-    #[arg(long = "port", value_name = "P", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long = "port", env = "VXMON_PORT", value_delimiter = ',', value_name = "P", value_parser = clap::value_parser!(u16).range(1..))]
     ports: Vec<u16>,
     /// Sum the whole payload of only one in N packets that need it; the others count as unverified (sampled).
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, env = "VXMON_SAMPLE", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     sample: u32,
     /// How to write events.
-    #[arg(long, value_enum, default_value_t = Format::Text)]
+    #[arg(long, env = "VXMON_FORMAT", value_enum, default_value_t = Format::Text)]
     format: Format,
     /// Write events to this file instead of standard output.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, env = "VXMON_OUTPUT", value_name = "FILE")]
     output: Option<PathBuf>,
     /// End after this time: 30s, 5m, 1h30m.
-    #[arg(long, value_name = "T", value_parser = duration)]
+    #[arg(long, env = "VXMON_DURATION", value_name = "T", value_parser = duration)]
     duration: Option<Duration>,
     /// End after this many anomalies were reported.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, env = "VXMON_COUNT", value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     count: Option<u64>,
     /// Watch the network namespace at this path, for instance /proc/PID/ns/net or /run/netns/NAME.
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, env = "VXMON_NETNS", value_name = "PATH")]
     netns: Option<PathBuf>,
     /// Exit with 1 if an anomaly was seen.
-    #[arg(long)]
+    #[arg(long, env = "VXMON_EXIT_CODE", value_parser = clap::builder::FalseyValueParser::new())]
     exit_code: bool,
     /// How to attach: tcx links (Linux 6.6), or filters in the clsact qdisc.
-    #[arg(long, value_enum, default_value_t = HookArg::Auto)]
+    #[arg(long, env = "VXMON_HOOK", value_enum, default_value_t = HookArg::Auto)]
     hook: HookArg,
+    #[command(flatten)]
+    listen: listen::Args,
     /// Where to take conntrack entries from.
     #[arg(long, value_enum, default_value_t = ConntrackArg::Auto, hide = true)]
     conntrack: ConntrackArg,
@@ -95,6 +97,7 @@ fn duration(text: &str) -> Result<Duration, String> {
 pub fn run(args: &Args) -> Result<ExitCode> {
     privilege::check()?;
     let output = open_output(args)?;
+    let listeners = args.listen.listen()?;
     if let Some(path) = &args.netns {
         enter(path)?;
     }
@@ -124,7 +127,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         .enable_all()
         .build()
         .context("cannot start the asynchronous runtime")?;
-    let anomalies = runtime.block_on(monitor::run(settings, output, &say))?;
+    let anomalies = runtime.block_on(monitor::run(settings, output, listeners, &say))?;
     Ok(if args.exit_code && anomalies > 0 { ExitCode::from(1) } else { ExitCode::SUCCESS })
 }
 

@@ -1,12 +1,21 @@
 //! Where events go: text for people, JSON for programs. Sinks only write; they never ask the kernel anything.
 
+pub mod feed;
+pub mod filter;
+pub mod http;
+pub mod live;
+pub mod metrics;
+pub mod socket;
 pub mod text;
 pub mod writer;
+
+use serde::{Deserialize, Serialize};
 
 use crate::event::Line;
 
 /// How events are written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Format {
     /// One line an event, for people.
     Text,

@@ -2,7 +2,9 @@
 
 use std::fmt::Write as _;
 
-use crate::event::{Anomaly, Attached, Detached, Ending, Endpoints, Inner, Lost, Packets, Record, Summary};
+use crate::event::{
+    Anomaly, Attached, Detached, Ending, Endpoints, Inner, Lost, Missed, Offload, Packets, Record, Summary,
+};
 
 /// An event as text, without the last line's end.
 pub fn render(record: &Record) -> String {
@@ -21,6 +23,14 @@ pub fn render(record: &Record) -> String {
                 time(ts),
                 ring + queue
             )
+        }
+        Record::Offload(Offload { ts, dev, feature, state, was, why, .. }) => {
+            let again = if state == was { "still" } else { "now" };
+            let what = if *why == "recreated" { "the device was made anew" } else { "it was switched" };
+            format!("{} {dev} {feature} is {again} {state}: {what}", time(ts))
+        }
+        Record::Missed(Missed { ts, lines, .. }) => {
+            format!("{} {lines} lines missed: this reader was too slow", time(ts))
         }
         Record::Summary(summary) => self::summary(summary),
     }

@@ -1,6 +1,6 @@
 //! What an engine is to the daemon: something that watches devices, counts, and hands out events. The daemon knows no more.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use vxmon_common::counters::Counters;
 
@@ -53,6 +53,11 @@ pub trait Engine {
     /// no way to do so does nothing.
     fn follow(&mut self, _awaiting: &Awaiting) -> Result<(), EngineError> {
         Ok(())
+    }
+
+    /// Run times and numbers of runs of its programs by name, where the kernel counts them.
+    fn run_stats(&self) -> Vec<(String, Duration, u64)> {
+        Vec::new()
     }
 
     /// Hands the engine's own log lines, if any were asked for, to this process's log. Called each second.

@@ -8,6 +8,7 @@
 //! object  the eBPF objects, embedded
 //! clsact  what stays in the kernel when a process is killed, and how it is found again
 //! btf     offsets in the running kernel's structures
+//! stats   how often and how long the programs ran
 //! ```
 
 pub mod btf;
@@ -16,4 +17,5 @@ pub mod engine;
 pub mod events;
 pub mod object;
 pub mod start;
+pub mod stats;
 pub mod tc;

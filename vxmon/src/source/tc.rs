@@ -3,7 +3,7 @@
 //! tcx links where the kernel has them (6.6): the kernel removes them with the process, whatever ends it. Elsewhere
 //! filters in the clsact qdisc, which stay: see [`crate::source::clsact`]. Knows nothing of what events mean.
 
-use std::{collections::BTreeMap, thread};
+use std::{collections::BTreeMap, os::fd::AsFd as _, thread, time::Duration};
 
 use aya::{
     Ebpf, EbpfLoader, Pod, VerifierLogLevel,
@@ -24,7 +24,7 @@ use super::{
     clsact,
     engine::{Engine, EngineError},
     events::Events,
-    object,
+    object, stats,
 };
 use crate::{
     attribute::story::Awaiting,
@@ -403,6 +403,14 @@ impl Engine for Tc {
     fn unhooked(&self) -> Vec<Watch> {
         let by_filter = self.slots.values().filter(|slot| slot.attachment == Attachment::Clsact);
         by_filter.filter(|slot| !clsact::holds(slot.watch.ifindex)).map(|slot| slot.watch.clone()).collect()
+    }
+
+    fn run_stats(&self) -> Vec<(String, Duration, u64)> {
+        let stats = self.ebpf.programs().filter_map(|(name, program)| {
+            let (time, runs) = stats::run_stats(program.fd().ok()?.as_fd())?;
+            Some((name.to_owned(), time, runs))
+        });
+        stats.collect()
     }
 
     fn flush_log(&mut self) {

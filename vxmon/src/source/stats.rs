@@ -1,0 +1,35 @@
+//! How often and how long a program ran, as the kernel counts it while `kernel.bpf_stats_enabled` is 1.
+
+use std::{
+    fs,
+    os::fd::{AsRawFd, BorrowedFd},
+    time::Duration,
+};
+
+/// Run time and number of runs of a loaded program, from /proc (bpf_prog_show_fdinfo(), kernel/bpf/syscall.c; since 5.1).
+/// None where they are not counted.
+pub fn run_stats(program: BorrowedFd<'_>) -> Option<(Duration, u64)> {
+    let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", program.as_raw_fd())).ok()?;
+    let (time, runs) = parse(&text)?;
+    let counted = || fs::read_to_string("/proc/sys/kernel/bpf_stats_enabled").is_ok_and(|value| value.trim() == "1");
+    (runs > 0 || counted()).then_some((time, runs))
+}
+
+fn parse(fdinfo: &str) -> Option<(Duration, u64)> {
+    let field = |name: &str| fdinfo.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok());
+    Some((Duration::from_nanos(field("run_time_ns:")?), field("run_cnt:")?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fdinfo_of_a_program() {
+        // cat /proc/PID/fdinfo/FD of a running vxmon attach, Linux 6.18.
+        let text = "pos:\t0\nflags:\t02000002\nprog_type:\t3\nprog_jited:\t1\nprog_tag:\t6deef7357e7b4530\nmemlock:\t4096\n\
+                    prog_id:\t13\nrun_time_ns:\t1234\nrun_cnt:\t5\nrecursion_misses:\t0\nverified_insns:\t81000\n";
+        assert_eq!(parse(text), Some((Duration::from_nanos(1234), 5)));
+        assert_eq!(parse("pos:\t0\n"), None);
+    }
+}
