@@ -214,6 +214,25 @@ fn healthy_traffic_has_no_anomaly_through_clsact() -> Result<()> {
     each_occurred(&run_all(&cases, &["fragment"])?)
 }
 
+/// By packet sockets, which see packets when the kernel has done its part: segmented, and summed where the device does not.
+#[test]
+fn healthy_traffic_has_no_anomaly_by_packet_sockets() -> Result<()> {
+    if !skip::root_or_skip("healthy_traffic_has_no_anomaly_by_packet_sockets") {
+        return Ok(());
+    }
+    each_occurred(&run_all(&matrix(&["--engine", "packet-socket"]), &["fragment"])?)
+}
+
+#[test]
+fn healthy_traffic_has_no_anomaly_by_packet_sockets_without_a_ring() -> Result<()> {
+    if !skip::root_or_skip("healthy_traffic_has_no_anomaly_by_packet_sockets_without_a_ring") {
+        return Ok(());
+    }
+    let mut cases = matrix(&["--engine", "packet-socket", "--no-packet-ring"]);
+    cases.retain(|case| case.options.mtu == 1500 && (case.options.uplink_tx_offload == case.options.segmentation));
+    each_occurred(&run_all(&cases, &["fragment"])?)
+}
+
 /// The rules that kube-proxy has since the fix, and the traffic that the old ones broke.
 #[test]
 fn fixed_rules_have_no_anomaly() -> Result<()> {

@@ -90,9 +90,10 @@ fn outer_of(packet: &Captured) -> Value {
 struct Sources {
     state: &'static str,
     conntrack: &'static str,
+    mark: Option<&'static str>,
 }
 
-const FROM_SKB: Sources = Sources { state: "partial", conntrack: "skb" };
+const FROM_SKB: Sources = Sources { state: "partial", conntrack: "skb", mark: Some("0x4000") };
 
 /// Each bad packet has its event with the right content, and there is no other event.
 fn all_reported(lab: &Lab, seen: &Seen, finished: &Finished, sources: &Sources) -> Result<()> {
@@ -123,7 +124,7 @@ fn all_reported(lab: &Lab, seen: &Seen, finished: &Finished, sources: &Sources) 
             ("/ct/orig", endpoints(&entry.orig)),
             ("/ct/reply", endpoints(&entry.reply)),
             ("/nat/random_fully", "port-rewritten".into()),
-            ("/mark", "0x4000".into()),
+            ("/mark", sources.mark.into()),
             ("/vni", lab.options().vni.into()),
             ("/flow/attempt", 1.into()),
             ("/suppressed", 0.into()),
@@ -218,7 +219,7 @@ fn reported_without_btf_too() -> Result<()> {
         let lab = broken_lab(LabOptions { underlay, ..LabOptions::default() }, Backend::IptablesNft)?;
         let seen = watch(&lab, 2, &[&["--no-btf"]])?;
         let finished = &seen.vxmon[0];
-        all_reported(&lab, &seen, finished, &Sources { state: "unknown", conntrack: "netlink" })?;
+        all_reported(&lab, &seen, finished, &Sources { state: "unknown", conntrack: "netlink", ..FROM_SKB })?;
         ensure!(finished.stderr.contains("without the skb's metadata"), "{}", finished.stderr);
         let blind = finished.all.iter().filter(|line| line["type"] == "attached");
         ensure!(blind.into_iter().all(|line| line["metadata"] == "none"), "{:#?}", finished.all);
@@ -235,6 +236,71 @@ fn reported_through_clsact_too() -> Result<()> {
         let lab = broken_lab(LabOptions { underlay, ..LabOptions::default() }, Backend::IptablesLegacy)?;
         let seen = watch(&lab, 2, &[&["--hook", "clsact"]])?;
         all_reported(&lab, &seen, &seen.vxmon[0], &FROM_SKB)?;
+    }
+    Ok(())
+}
+
+/// By packet sockets, with and without a ring: they see the packet where tcpdump does.
+#[test]
+fn reported_by_packet_sockets_too() -> Result<()> {
+    if !skip::root_or_skip("reported_by_packet_sockets_too") {
+        return Ok(());
+    }
+    // The device sums nothing, so the kernel has done it before the packet gets there.
+    const FROM_SOCKET: Sources = Sources { state: "none", conntrack: "netlink", mark: None };
+    const ARGS: [&[&str]; 2] = [&["--engine", "packet-socket"], &["--engine", "packet-socket", "--no-packet-ring"]];
+    for underlay in FAMILIES {
+        for topology in [Topology::Plain, Topology::Bridge, Topology::Macvlan] {
+            let lab = broken_lab(LabOptions { underlay, topology, ..LabOptions::default() }, Backend::IptablesNft)?;
+            let (upper, lower) = (lab.lower(vxmon_tests::lab::Side::A), lab.options().uplink.as_str());
+            let both: Vec<&str> = if upper == lower { Vec::new() } else { vec![upper, lower] };
+            let args: Vec<Vec<&str>> = ARGS.iter().map(|args| [args, both.as_slice()].concat()).collect();
+            let args: Vec<&[&str]> = args.iter().map(Vec::as_slice).collect();
+            let seen = watch(&lab, 2, &args)?;
+            for finished in &seen.vxmon {
+                let context = || format!("{topology:?} {underlay:?}: {}", finished.summary);
+                all_reported(&lab, &seen, finished, &FROM_SOCKET).with_context(context)?;
+                ensure!(finished.events.iter().all(|event| event["dev"] == lower), "{:#?}", finished.events);
+                ensure!(finished.total("lost/capture") == 0, "{}", context());
+                let attached = finished.all.iter().filter(|line| line["type"] == "attached");
+                ensure!(attached.into_iter().all(|line| line["hook"] == "packet-socket"), "{:#?}", finished.all);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Where the device sums, tcpdump cannot tell good from bad; the packet socket finds what the TC program finds.
+#[test]
+fn packet_sockets_and_tc_programs_agree() -> Result<()> {
+    if !skip::root_or_skip("packet_sockets_and_tc_programs_agree") {
+        return Ok(());
+    }
+    for underlay in FAMILIES {
+        for segmentation in [false, true] {
+            let options = LabOptions { underlay, uplink_tx_offload: true, segmentation, ..LabOptions::default() };
+            let lab = broken_lab(options, Backend::Nftables)?;
+            let start = |engine| Vxmon::attach_to(&lab.a, 2, &[&JSON[..], &["--engine", engine]].concat());
+            let (tc, socket) = (start("tc")?, start("packet-socket")?);
+            let _http = HttpServer::start(&lab.b, lab.pod_socket(underlay))?;
+            for _ in 0..5 {
+                // The receiver takes a packet whose sum its own device has not filled in yet.
+                let _ = traffic::http_get(&lab.a, lab.service_socket(underlay), A_MOMENT);
+            }
+            let (tc, socket) = (tc.stop()?, socket.stop()?);
+            tc.adds_up()?;
+            socket.adds_up()?;
+            ensure!(tc.events.len() >= 5, "{}", tc.summary);
+            ensure!(tc.events.len() == socket.events.len(), "{} but {}", tc.summary, socket.summary);
+            for one in &tc.events {
+                let other = socket.events.iter().find(|other| other["outer"] == one["outer"]);
+                let other = other.with_context(|| format!("the packet socket has not seen {one}"))?;
+                for path in ["/ct/orig", "/ct/reply", "/cause", "/verdict", "/csum", "/inner", "/dev"] {
+                    ensure!(one.pointer(path) == other.pointer(path), "{path} differs: {one} and {other}");
+                }
+                ensure!(one["csum"]["state"] == "partial", "{one}");
+            }
+        }
     }
     Ok(())
 }

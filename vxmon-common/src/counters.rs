@@ -22,12 +22,15 @@ pub struct Counters {
     pub suppressed: u64,
     /// Anomalies counted but not sent, the ring buffer being full.
     pub lost_ring: u64,
+    /// Packets that could not be judged because they could not be had: the packet socket's ring was full. Not among those
+    /// seen; always 0 with TC programs, which see each packet.
+    pub lost_capture: u64,
 }
 
 impl Counters {
     /// Adds another CPU's or another time's counts.
     pub fn add(&mut self, other: &Self) {
-        let Self { other: o, counted_above, verdicts, unverified, sent, suppressed, lost_ring } = other;
+        let Self { other: o, counted_above, verdicts, unverified, sent, suppressed, lost_ring, lost_capture } = other;
         self.other += o;
         self.counted_above += counted_above;
         for (sum, n) in self.verdicts.iter_mut().zip(verdicts) {
@@ -39,6 +42,7 @@ impl Counters {
         self.sent += sent;
         self.suppressed += suppressed;
         self.lost_ring += lost_ring;
+        self.lost_capture += lost_capture;
     }
 
     /// Packets seen: judged and unverified.

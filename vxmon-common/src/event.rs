@@ -26,6 +26,8 @@ pub mod event_flag {
     pub const BARE: u8 = 32;
     /// `csum_start` and `csum_offset` hold values.
     pub const CSUM_START: u8 = 64;
+    /// `mark` is not known.
+    pub const NO_MARK: u8 = 128;
 }
 
 /// Values of [`Event::role`].

@@ -65,6 +65,7 @@ impl Account {
                 ring: counters.lost_ring,
                 // Also what was sent and never read, because enough was seen.
                 queue: counters.sent.saturating_sub(self.reported),
+                capture: counters.lost_capture,
             },
         }
     }
@@ -111,11 +112,19 @@ impl Accounts {
         }
     }
 
-    /// Anomalies that the ring buffer had no room for, but for what the kernel program has counted since attaching.
+    /// What was lost on the way to the daemon (its own queue aside), but for what was counted since attaching.
     #[must_use]
-    pub fn lost_ring(&self) -> u64 {
-        let closed: u64 = self.closed.values().map(|packets| packets.lost.ring).sum();
-        closed + self.open.values().map(|account| account.counters.lost_ring).sum::<u64>()
+    pub fn lost(&self) -> LostByStage {
+        let mut lost = LostByStage::default();
+        for packets in self.closed.values() {
+            lost.ring += packets.lost.ring;
+            lost.capture += packets.lost.capture;
+        }
+        for account in self.open.values() {
+            lost.ring += account.counters.lost_ring;
+            lost.capture += account.counters.lost_capture;
+        }
+        lost
     }
 
     /// Packets by name and role, for metrics; `running` is what the kernel program has counted since attaching.
@@ -171,6 +180,7 @@ pub fn add(total: &mut Packets, packets: &Packets) {
     total.anomalies.suppressed += packets.anomalies.suppressed;
     total.lost.ring += packets.lost.ring;
     total.lost.queue += packets.lost.queue;
+    total.lost.capture += packets.lost.capture;
 }
 
 #[cfg(test)]

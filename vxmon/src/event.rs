@@ -100,8 +100,8 @@ pub struct Anomaly {
     pub vxlan_dev: Option<String>,
     /// The packet inside.
     pub inner: Option<Inner>,
-    /// `skb->mark`, hexadecimal.
-    pub mark: String,
+    /// `skb->mark`, hexadecimal; null where it cannot be seen, by a packet socket.
+    pub mark: Option<String>,
     /// The outer packet's conntrack entry.
     pub ct: Option<Ct>,
     /// The NAT that rewrote the outer packet.
@@ -355,12 +355,15 @@ pub struct Attached {
     pub role: &'static str,
     /// Why it is watched.
     pub why: Vec<String>,
-    /// How the program is attached: `tcx` or `clsact`.
-    #[schemars(extend("enum" = ["tcx", "clsact"]))]
+    /// How it is watched: by a TC program attached by `tcx` or `clsact`, or by a `packet-socket`.
+    #[schemars(extend("enum" = ["tcx", "clsact", "packet-socket"]))]
     pub hook: &'static str,
-    /// Where the checksum's state is known from: `skb`, or `none`, where any consistent reading is accepted.
-    #[schemars(extend("enum" = ["skb", "none"]))]
+    /// Where the checksum's state is known from: `skb`; `packet-socket`, the header that it puts in front of each packet;
+    /// or `none`, where any consistent reading is accepted.
+    #[schemars(extend("enum" = ["skb", "packet-socket", "none"]))]
     pub metadata: &'static str,
+    /// Why it is watched by a packet socket though TC programs were preferred; null otherwise.
+    pub fallback: Option<String>,
 }
 
 /// A device is no longer watched.
@@ -378,7 +381,7 @@ pub struct Detached {
     pub why: &'static str,
 }
 
-/// Anomalies that were counted but could not be reported.
+/// Anomalies that were counted but could not be reported, and packets that could not be looked at.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Lost {
     /// When it was noticed, RFC 3339, UTC.
@@ -389,6 +392,8 @@ pub struct Lost {
     pub ring: u64,
     /// Since the last such line: not written, the reader of the output being slow.
     pub queue: u64,
+    /// Since the last such line: packets that were not judged at all, the packet socket's ring being full.
+    pub capture: u64,
 }
 
 /// A VXLAN device's checksum offload is not what it was. With it on, NAT of the outer packets breaks their checksums.
@@ -488,9 +493,9 @@ pub struct Packets {
     pub verdicts: BTreeMap<&'static str, u64>,
     /// Packets that could not be judged, by reason.
     pub unverified: BTreeMap<&'static str, u64>,
-    /// Anomalies by what became of them; with `lost` they add up to the anomalies among the verdicts.
+    /// Anomalies by what became of them; with `lost.ring` and `lost.queue` they add up to the anomalies among the verdicts.
     pub anomalies: Anomalies,
-    /// Anomalies counted above that were lost on the way, by stage.
+    /// What was lost on the way, by stage.
     pub lost: LostByStage,
 }
 
@@ -503,11 +508,13 @@ pub struct Anomalies {
     pub suppressed: u64,
 }
 
-/// Anomalies lost on the way.
+/// What was lost on the way: anomalies that are counted among the verdicts, or (`capture`) packets that are counted nowhere else.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct LostByStage {
     /// The ring buffer was full.
     pub ring: u64,
     /// The reader of the output was slow, or gone.
     pub queue: u64,
+    /// Packets not judged at all, the packet socket's ring being full. TC programs see every packet.
+    pub capture: u64,
 }

@@ -21,7 +21,10 @@ use crate::{
     attribute::{Attributor, ConntrackSource, Decoded, story},
     clock::{monotonic, now, wall_clock},
     devices::{Plan, Selection, Snapshot, Watch, offload::Offloads, plan},
-    event::{Anomalies, Attached, Connections, Detached, DeviceSummary, Line, Lost, Offload, Packets, Record, Summary},
+    event::{
+        Anomalies, Attached, Connections, Detached, DeviceSummary, Line, Lost, LostByStage, Offload, Packets, Record,
+        Summary,
+    },
     netlink::{
         monitor::{Changes, Monitor, Pace},
         socket::{Protocol, Socket},
@@ -36,7 +39,7 @@ use crate::{
     source::{
         engine::{Engine, EngineError},
         events::Events,
-        start::{self, Choice},
+        start::{self, Choice, Kind, Started},
     },
     telemetry::Telemetry,
 };
@@ -114,6 +117,8 @@ struct Daemon<'a> {
     say: &'a dyn Fn(&str),
     node: String,
     engine: Box<dyn Engine>,
+    /// Why the engine is not the one that was preferred.
+    fallback: Option<String>,
     events: Option<Events>,
     monitor: Monitor,
     route: Socket,
@@ -128,7 +133,7 @@ struct Daemon<'a> {
     lost_queue: u64,
     /// Ends of stories that could not be written.
     untold: u64,
-    told_lost: (u64, u64),
+    told_lost: LostByStage,
     /// Devices that could not be attached to, so that each is complained of once.
     failed: BTreeMap<String, String>,
     retry_at: Option<tokio::time::Instant>,
@@ -150,7 +155,7 @@ impl<'a> Daemon<'a> {
         // Before the first look at the devices, so that nothing slips through between.
         let monitor = Monitor::open(Pace::default())?;
         let route = Socket::open(Protocol::Route)?;
-        let mut engine = start::start(&settings.engine, say)?;
+        let Started { mut engine, fallback } = start::start(&settings.engine, say)?;
         let events = engine.events()?;
         let (writer, broken) = Writer::start(output).context("cannot start the output thread")?;
         let node = nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
@@ -164,6 +169,7 @@ impl<'a> Daemon<'a> {
             say,
             node,
             engine,
+            fallback,
             events: Some(events),
             monitor,
             route,
@@ -173,7 +179,7 @@ impl<'a> Daemon<'a> {
             reported: 0,
             lost_queue: 0,
             untold: 0,
-            told_lost: (0, 0),
+            told_lost: LostByStage::default(),
             failed: BTreeMap::new(),
             retry_at: None,
             retry_after: RETRY,
@@ -224,11 +230,15 @@ impl<'a> Daemon<'a> {
             self.write(Record::Offload(Offload { ts: now(), node: self.node.clone(), ..change }));
         }
         self.retry_after = if self.failed.is_empty() { RETRY } else { (self.retry_after * 2).min(LONGEST_RETRY) };
-        if first && !plan.watches.is_empty() && self.engine.watched().is_empty() {
-            bail!(
-                "none of the devices can be watched: {}",
-                self.failed.values().cloned().collect::<Vec<_>>().join("; ")
-            );
+        // A device the user named must be watched; one that was found may have vanished again.
+        let must = matches!(self.settings.selection, Selection::Named(_));
+        if first && !self.failed.is_empty() && (must || self.engine.watched().is_empty()) {
+            let why = self.failed.values().cloned().collect::<Vec<_>>().join("; ");
+            if self.settings.engine.kind != Kind::Auto || self.fallback.is_some() {
+                bail!("{why}");
+            }
+            self.fall_back(why)?;
+            return self.follow(changes);
         }
         for note in &plan.notes {
             if !self.told_notes.contains(note) {
@@ -244,6 +254,16 @@ impl<'a> Daemon<'a> {
             ));
         }
         self.waiting = nothing;
+        Ok(())
+    }
+
+    /// Goes over to packet sockets, before anything is watched.
+    fn fall_back(&mut self, why: String) -> Result<()> {
+        self.detach_all()?;
+        self.failed.clear();
+        let Started { mut engine, fallback } = start::instead(&self.settings.engine, why, self.say)?;
+        self.events = Some(engine.events()?);
+        (self.engine, self.fallback) = (engine, fallback);
         Ok(())
     }
 
@@ -309,12 +329,12 @@ impl<'a> Daemon<'a> {
     fn attach(&mut self, watch: &Watch, first: bool) -> Result<()> {
         let hook = match self.engine.attach(watch) {
             Ok(hook) => hook,
-            // A device the user named must be watched; one that was found may have vanished again.
-            Err(error) if first && matches!(self.settings.selection, Selection::Named(_)) => return Err(error.into()),
             Err(error) => {
                 let text = error.to_string();
                 if self.failed.get(&watch.name) != Some(&text) {
-                    (self.say)(&format!("vxmon: {text}"));
+                    if !first {
+                        (self.say)(&format!("vxmon: {text}"));
+                    }
                     self.failed.insert(watch.name.clone(), text);
                 }
                 self.retry_at = Some(tokio::time::Instant::now() + self.retry_after);
@@ -334,6 +354,7 @@ impl<'a> Daemon<'a> {
             why: watch.why.clone(),
             hook,
             metadata: self.engine.metadata(),
+            fallback: self.fallback.clone(),
         }));
         Ok(())
     }
@@ -465,22 +486,31 @@ impl<'a> Daemon<'a> {
         self.writer.as_mut().is_some_and(|writer| writer.line(line))
     }
 
-    fn lost(&self) -> Result<(u64, u64), EngineError> {
-        let mut ring = self.accounts.lost_ring();
+    fn lost(&self) -> Result<LostByStage, EngineError> {
+        let mut lost = LostByStage { queue: self.lost_queue, ..self.accounts.lost() };
         for watch in self.engine.watched() {
-            ring += self.engine.counters(watch.ifindex)?.lost_ring;
+            let counters = self.engine.counters(watch.ifindex)?;
+            lost.ring += counters.lost_ring;
+            lost.capture += counters.lost_capture;
         }
-        Ok((ring, self.lost_queue))
+        Ok(lost)
     }
 
     fn tell_lost(&mut self) -> Result<()> {
         self.engine.flush_log();
-        let (ring, queue) = self.lost()?;
-        let (told_ring, told_queue) = self.told_lost;
-        if (ring, queue) != self.told_lost {
-            let lost = Lost { ts: now(), node: self.node.clone(), ring: ring - told_ring, queue: queue - told_queue };
+        let all = self.lost()?;
+        let LostByStage { ring, queue, capture } = all;
+        let told = &self.told_lost;
+        if all != *told {
+            let lost = Lost {
+                ts: now(),
+                node: self.node.clone(),
+                ring: ring - told.ring,
+                queue: queue - told.queue,
+                capture: capture - told.capture,
+            };
             if self.write(Record::Lost(lost)) {
-                self.told_lost = (ring, queue);
+                self.told_lost = all;
             }
         }
         Ok(())

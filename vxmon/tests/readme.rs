@@ -202,7 +202,7 @@ fn filters_do_what_is_said() {
             ),
             format!("10.244.0.0\t10.244.2.73\tconnected\t{}\t1\tsource-port\n", recovered["after_ms"]),
             "{\"lco-valid\":6,\"nat-stale-port\":1,\"pending\":7}\n".to_owned(),
-            "{\"ring\":0,\"queue\":0}\n".to_owned(),
+            "{\"ring\":0,\"queue\":0,\"capture\":0}\n".to_owned(),
         ]
     );
 }
@@ -256,6 +256,7 @@ fn attached(value: &Value) -> Record {
         why: value["why"].as_array().unwrap().iter().map(text).collect(),
         hook: leak(&value["hook"]),
         metadata: leak(&value["metadata"]),
+        fallback: value["fallback"].as_str().map(str::to_owned),
     })
 }
 
@@ -330,7 +331,7 @@ fn anomaly(value: &Value) -> Record {
             flags: inner["flags"].as_str().map(str::to_owned),
             seq: Some(number(&inner["seq"])),
         }),
-        mark: text(&value["mark"]),
+        mark: value["mark"].as_str().map(str::to_owned),
         ct: Some(Ct {
             orig: endpoints(&ct["orig"]),
             reply: endpoints(&ct["reply"]),
@@ -430,6 +431,10 @@ fn packets(value: &Value) -> Packets {
         verdicts: counts("verdicts"),
         unverified: counts("unverified"),
         anomalies: Anomalies { reported: number(&anomalies["reported"]), suppressed: number(&anomalies["suppressed"]) },
-        lost: LostByStage { ring: number(&lost["ring"]), queue: number(&lost["queue"]) },
+        lost: LostByStage {
+            ring: number(&lost["ring"]),
+            queue: number(&lost["queue"]),
+            capture: number(&lost["capture"]),
+        },
     }
 }

@@ -23,7 +23,8 @@ fn the_schema_in_docs_is_that_of_the_types() {
 #[test]
 fn lines_that_break_the_schema_are_refused() {
     let schema = Schema::of_types();
-    let good = json!({"schema": "vxmon.event/1", "type": "lost", "ts": "", "node": "", "ring": 1, "queue": 0});
+    let good =
+        json!({"schema": "vxmon.event/1", "type": "lost", "ts": "", "node": "", "ring": 1, "queue": 0, "capture": 0});
     assert_eq!(schema.check(&good), Ok(()));
     let with = |name: &str, value: Value| {
         let mut line = good.clone();

@@ -168,6 +168,9 @@ impl Attributor {
         }
         let vxlan_dev =
             if event.role == role::UPLINK { self.vxlan_device(outer.as_ref(), vni) } else { Some(device.to_owned()) };
+        if event.flags & event_flag::NO_MARK != 0 {
+            missing.insert("mark", "a packet socket does not see it".to_owned());
+        }
         let anomaly = Anomaly {
             ts,
             node: self.node.clone(),
@@ -186,7 +189,7 @@ impl Attributor {
             vni,
             vxlan_dev,
             inner,
-            mark: format!("{:#x}", event.mark),
+            mark: (event.flags & event_flag::NO_MARK == 0).then(|| format!("{:#x}", event.mark)),
             ct,
             nat,
             cause: (event.role == role::UPLINK).then(|| event::Cause { predicted: predicted.map(hex), proved }),

@@ -18,7 +18,10 @@ use crate::{
     devices::Selection,
     monitor::{self, Settings},
     sink::Format,
-    source::{start::Choice, tc::Hook},
+    source::{
+        start::{Choice, Kind},
+        tc::Hook,
+    },
 };
 
 /// Flags of `attach`.
@@ -51,6 +54,9 @@ pub struct Args {
     /// Exit with 1 if an anomaly was seen.
     #[arg(long, env = "VXMON_EXIT_CODE", value_parser = clap::builder::FalseyValueParser::new())]
     exit_code: bool,
+    /// How to watch: TC programs (eBPF), or packet sockets, which need no eBPF.
+    #[arg(long, env = "VXMON_ENGINE", value_enum, default_value_t = EngineArg::Auto)]
+    engine: EngineArg,
     /// How to attach: tcx links (Linux 6.6), or filters in the clsact qdisc.
     #[arg(long, env = "VXMON_HOOK", value_enum, default_value_t = HookArg::Auto)]
     hook: HookArg,
@@ -62,6 +68,19 @@ pub struct Args {
     /// Do as if the kernel had no BTF: judge without the skb's metadata.
     #[arg(long, hide = true)]
     no_btf: bool,
+    /// Do as if the kernel gave packet sockets no ring: read packet by packet.
+    #[arg(long, hide = true)]
+    no_packet_ring: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum EngineArg {
+    /// TC programs; packet sockets where those cannot be used.
+    Auto,
+    /// TC programs.
+    Tc,
+    /// Packet sockets.
+    PacketSocket,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -95,7 +114,12 @@ fn duration(text: &str) -> Result<Duration, String> {
 
 /// Runs `attach`.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    privilege::check()?;
+    let kind = match args.engine {
+        EngineArg::Auto => Kind::Auto,
+        EngineArg::Tc => Kind::Tc,
+        EngineArg::PacketSocket => Kind::PacketSocket,
+    };
+    let no_tc = privilege::check(&kind)?;
     let output = open_output(args)?;
     let listeners = args.listen.listen()?;
     if let Some(path) = &args.netns {
@@ -113,6 +137,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             ConntrackArg::Netlink => ConntrackSource::Netlink,
         },
         engine: Choice {
+            kind,
+            no_tc,
             hook: match args.hook {
                 HookArg::Auto => Hook::Auto,
                 HookArg::Tcx => Hook::Tcx,
@@ -120,6 +146,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             },
             sample: args.sample,
             btf: !args.no_btf,
+            packet_ring: !args.no_packet_ring,
             skb_conntrack: !matches!(args.conntrack, ConntrackArg::Netlink),
         },
     };

@@ -3,19 +3,44 @@
 
 use anyhow::{Result, bail};
 
+use super::say;
+use crate::source::start::Kind;
+
 /// Numbers in include/uapi/linux/capability.h.
 const NET_ADMIN: u8 = 12;
+const NET_RAW: u8 = 13;
 const SYS_ADMIN: u8 = 21;
 const PERFMON: u8 = 38;
 const BPF: u8 = 39;
 
-/// An error that names what is missing and how to get it.
-pub fn check() -> Result<()> {
+/// Whether this engine can be started: an error that names what is missing and how to get it. Where packet sockets will do
+/// instead of TC programs, what is missing for these.
+pub fn check(kind: &Kind) -> Result<Option<String>> {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    match effective(&status) {
-        Some(bits) => report(&missing(bits)),
-        None => Ok(()), // without /proc the kernel itself will say
+    let Some(bits) = effective(&status) else {
+        return Ok(None); // without /proc the kernel itself will say
+    };
+    let (for_tc, raw) = (missing(bits), bits & 1 << NET_RAW != 0);
+    let no_tc = match kind {
+        Kind::Tc => return report(&for_tc).map(|()| None),
+        Kind::Auto if for_tc.is_empty() => return Ok(None),
+        Kind::Auto if !raw => return report(&for_tc).map(|()| None),
+        Kind::Auto => Some(lacking(&for_tc)),
+        Kind::PacketSocket if !raw => bail!(
+            "packet sockets need CAP_NET_RAW, which is missing: run it as root (sudo vxmon attach), or add it to the \
+             container's securityContext.capabilities"
+        ),
+        Kind::PacketSocket => None,
+    };
+    if bits & 1 << NET_ADMIN == 0 {
+        say("vxmon: without CAP_NET_ADMIN no conntrack entry can be read, so that no cause can be proved");
     }
+    Ok(no_tc)
+}
+
+/// `CAP_BPF and CAP_PERFMON are missing`.
+fn lacking(missing: &[&str]) -> String {
+    format!("{} {} missing", missing.join(" and "), if missing.len() == 1 { "is" } else { "are" })
 }
 
 fn effective(status: &str) -> Option<u64> {
@@ -37,10 +62,9 @@ fn report(missing: &[&str]) -> Result<()> {
         return Ok(());
     }
     bail!(
-        "attach needs CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN, of which {} {} missing: run it as root (sudo vxmon attach), \
-         or add them to the container's securityContext.capabilities",
-        missing.join(" and "),
-        if missing.len() == 1 { "is" } else { "are" }
+        "attach needs CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN, of which {}: run it as root (sudo vxmon attach), or add them \
+         to the container's securityContext.capabilities (--engine packet-socket needs CAP_NET_RAW only)",
+        lacking(missing)
     )
 }
 

@@ -155,7 +155,7 @@ mod tests {
     use crate::event::{Lost, Record};
 
     fn line(ring: u64) -> Arc<Line> {
-        Arc::new(Line::from(Record::Lost(Lost { ts: String::new(), node: String::new(), ring, queue: 0 })))
+        Arc::new(Line::from(Record::Lost(Lost { ts: String::new(), node: String::new(), ring, queue: 0, capture: 0 })))
     }
 
     fn numbers(reader: &mut Reader) -> (Vec<u64>, u64, bool) {

@@ -17,7 +17,7 @@ use prometheus_client::{
 };
 
 use super::socket::Counts;
-use crate::event::Packets;
+use crate::event::{LostByStage, Packets};
 
 /// The monitor's loop turns at least once a second; longer than that, and it is stuck.
 const STUCK: Duration = Duration::from_secs(30);
@@ -37,7 +37,7 @@ pub struct Readings {
     /// Connections that had bad packets, by how that ended.
     pub endings: BTreeMap<&'static str, u64>,
     /// Anomalies not sent, the ring buffer being full; and not written, the reader being slow.
-    pub lost: (u64, u64),
+    pub lost: LostByStage,
     /// Watched devices: name, role, hook.
     pub attached: Vec<(String, &'static str, &'static str)>,
     /// VXLAN devices, and whether their checksum offload is on.
@@ -272,9 +272,9 @@ fn packets(encoder: &mut DescriptorEncoder, readings: &Readings) -> fmt::Result 
     counters(
         encoder,
         "vxmon_lost",
-        "Counted but not shown, by stage: anomalies that the ring buffer (ring) or the output (queue) had no room for, and \
-         lines that slow readers of the socket missed (socket)",
-        [("ring", readings.lost.0), ("queue", readings.lost.1)]
+        "Counted but not shown, by stage: anomalies that the ring buffer (ring) or the output (queue) had no room for, \
+         lines that slow readers of the socket missed (socket), and packets that packet sockets left unseen (capture)",
+        [("ring", readings.lost.ring), ("queue", readings.lost.queue), ("capture", readings.lost.capture)]
             .into_iter()
             .chain(missed)
             .map(|(stage, n)| (vec![("stage", stage)], n)),

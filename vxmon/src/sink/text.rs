@@ -17,13 +17,7 @@ pub fn render(record: &Record) -> String {
             format!("{} {dev} watched as {role} ({}; by {hook}{blind})", time(ts), why.join(", "))
         }
         Record::Detached(Detached { ts, dev, why, .. }) => format!("{} {dev} no longer watched: {why}", time(ts)),
-        Record::Lost(Lost { ts, ring, queue, .. }) => {
-            format!(
-                "{} {} anomalies counted but not shown (ring buffer {ring}, output {queue})",
-                time(ts),
-                ring + queue
-            )
-        }
+        Record::Lost(lost) => self::lost(lost),
         Record::Offload(Offload { ts, dev, feature, state, was, why, .. }) => {
             let again = if state == was { "still" } else { "now" };
             let what = if *why == "recreated" { "the device was made anew" } else { "it was switched" };
@@ -34,6 +28,17 @@ pub fn render(record: &Record) -> String {
         }
         Record::Summary(summary) => self::summary(summary),
     }
+}
+
+fn lost(Lost { ts, ring, queue, capture, .. }: &Lost) -> String {
+    let mut parts = Vec::new();
+    if ring + queue > 0 {
+        parts.push(format!("{} anomalies counted but not shown (ring buffer {ring}, output {queue})", ring + queue));
+    }
+    if *capture > 0 {
+        parts.push(format!("{capture} packets left unseen, the packet socket's ring being full"));
+    }
+    format!("{} {}", time(ts), parts.join("; "))
 }
 
 /// `12:00:54.373945` of an RFC 3339 time stamp.
@@ -81,7 +86,9 @@ fn anomaly(anomaly: &Anomaly) -> String {
             }
         }
     }
-    let _ = write!(line, " | mark {}", anomaly.mark);
+    if let Some(mark) = &anomaly.mark {
+        let _ = write!(line, " | mark {mark}");
+    }
     if let Some(ct) = &anomaly.ct {
         let after = end(&ct.reply.dst, ct.reply.dport);
         let _ = write!(line, " | conntrack {} became {after}", end(&ct.orig.src, ct.orig.sport));
@@ -167,6 +174,9 @@ fn summary(summary: &Summary) -> String {
     let _ = write!(text, "{seen} packets checked in {:.1} s, {bad} with a wrong checksum", summary.seconds);
     if lost.ring + lost.queue > 0 {
         let _ = write!(text, " ({} of them counted but not shown)", lost.ring + lost.queue);
+    }
+    if lost.capture > 0 {
+        let _ = write!(text, "; {} more packets left unseen, the packet socket's ring being full", lost.capture);
     }
     let nat = ["nat-mangled-zero", "nat-stale-port"].iter().filter_map(|name| verdicts.get(name)).sum::<u64>();
     if nat > 0 {

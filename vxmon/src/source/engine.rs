@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use vxmon_common::counters::Counters;
 
-use super::{events::Events, tc::TcError};
+use super::{events::Events, packet_socket::PacketSocketError, tc::TcError};
 use crate::{attribute::story::Awaiting, devices::Watch};
 
 /// What an engine could not do.
@@ -13,6 +13,9 @@ pub enum EngineError {
     /// By TC programs.
     #[error(transparent)]
     Tc(#[from] TcError),
+    /// By packet sockets.
+    #[error(transparent)]
+    PacketSocket(#[from] PacketSocketError),
 }
 
 /// Watches devices. Dropped, it leaves nothing of itself behind.

@@ -3,7 +3,9 @@
 use std::io;
 
 use aya::maps::{MapData, RingBuf};
-use tokio::io::unix::AsyncFd;
+use tokio::{io::unix::AsyncFd, sync::mpsc};
+use vxmon_common::event::Event;
+use zerocopy::IntoBytes as _;
 
 use crate::attribute::{DecodeError, Decoded, decode};
 
@@ -11,6 +13,8 @@ use crate::attribute::{DecodeError, Decoded, decode};
 enum Carrier {
     /// The eBPF ring buffer.
     Ring(AsyncFd<RingBuf<MapData>>),
+    /// A channel within this process, and what was taken from it by waiting.
+    Channel(mpsc::Receiver<Box<Event>>, Option<Box<Event>>),
 }
 
 /// A stream of events.
@@ -28,6 +32,11 @@ impl Events {
         Ok(Self { carrier, ready: true })
     }
 
+    /// From a thread of this process.
+    pub fn of_channel(receiver: mpsc::Receiver<Box<Event>>) -> Self {
+        Self { carrier: Carrier::Channel(receiver, None), ready: true }
+    }
+
     /// Waits until there may be events. Then take them with [`Events::take`] until none is left, or call again: it
     /// returns at once as long as some may be waiting. Cancelled, it loses nothing.
     pub async fn wait(&mut self) -> io::Result<()> {
@@ -35,6 +44,10 @@ impl Events {
             match &mut self.carrier {
                 // Cleared before the events are taken: one that comes meanwhile makes it ready again.
                 Carrier::Ring(ring) => ring.readable_mut().await?.clear_ready(),
+                Carrier::Channel(receiver, taken) => match receiver.recv().await {
+                    Some(event) => *taken = Some(event),
+                    None => return Err(io::ErrorKind::BrokenPipe.into()),
+                },
             }
             self.ready = true;
         }
@@ -45,6 +58,9 @@ impl Events {
     pub fn take(&mut self) -> Option<Result<Decoded, DecodeError>> {
         let next = match &mut self.carrier {
             Carrier::Ring(ring) => ring.get_mut().next().map(|item| decode(&item)),
+            Carrier::Channel(receiver, taken) => {
+                taken.take().or_else(|| receiver.try_recv().ok()).map(|event| decode(event.as_bytes()))
+            }
         };
         self.ready = next.is_some();
         next

@@ -1,14 +1,16 @@
 //! Where observations come from. Only these files touch aya.
 //!
 //! ```text
-//! engine  what the daemon asks of any of them
-//! start   which engine it is to be, and its start
-//! events  the stream of events, whatever carries it
-//! tc      the TC egress programs: loading, attaching, counters, events
-//! object  the eBPF objects, embedded
-//! clsact  what stays in the kernel when a process is killed, and how it is found again
-//! btf     offsets in the running kernel's structures
-//! stats   how often and how long the programs ran
+//! engine         what the daemon asks of any of them
+//! start          which engine it is to be, and its start
+//! events         the stream of events, whatever carries it
+//! tc             the TC egress programs: loading, attaching, counters, events
+//! packet_socket  the engine without eBPF, on packet sockets
+//! userspace      the judge and its counting, for sources outside the kernel
+//! object         the eBPF objects, embedded
+//! clsact         what stays in the kernel when a process is killed, and how it is found again
+//! btf            offsets in the running kernel's structures
+//! stats          how often and how long the programs ran
 //! ```
 
 pub mod btf;
@@ -16,6 +18,8 @@ pub mod clsact;
 pub mod engine;
 pub mod events;
 pub mod object;
+pub mod packet_socket;
 pub mod start;
 pub mod stats;
 pub mod tc;
+pub mod userspace;

@@ -6,12 +6,28 @@ use super::{
     btf::Layout,
     clsact,
     engine::Engine,
+    packet_socket::PacketSocket,
     tc::{Hook, Tc},
 };
+
+/// Which engine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// TC programs; packet sockets where those cannot be used.
+    Auto,
+    /// TC programs.
+    Tc,
+    /// Packet sockets.
+    PacketSocket,
+}
 
 /// How to watch.
 #[derive(Clone, Debug)]
 pub struct Choice {
+    /// Which engine.
+    pub kind: Kind,
+    /// Why TC programs cannot be used, if that is known already.
+    pub no_tc: Option<String>,
     /// How TC programs are attached.
     pub hook: Hook,
     /// Sum the payload of one in so many packets.
@@ -20,22 +36,50 @@ pub struct Choice {
     pub btf: bool,
     /// Whether to read the skb's conntrack entry, where that is possible.
     pub skb_conntrack: bool,
+    /// Whether packet sockets may have a ring.
+    pub packet_ring: bool,
+}
+
+/// An engine, ready to watch.
+pub struct Started {
+    /// The engine.
+    pub engine: Box<dyn Engine>,
+    /// Why it is not the one that was preferred, if so.
+    pub fallback: Option<String>,
 }
 
 /// Starts the engine; `say` is told, in lines for people, what it has to do without.
-pub fn start(choice: &Choice, say: &dyn Fn(&str)) -> Result<Box<dyn Engine>> {
+pub fn start(choice: &Choice, say: &dyn Fn(&str)) -> Result<Started> {
+    let asked_for = |engine| Started { engine, fallback: None };
+    let why = match (&choice.kind, &choice.no_tc) {
+        (Kind::PacketSocket, _) => return packet_socket(choice).map(asked_for),
+        (Kind::Tc, _) => return tc(choice, say).map(asked_for),
+        (Kind::Auto, Some(why)) => why.clone(),
+        (Kind::Auto, None) => match tc(choice, say) {
+            Ok(engine) => return Ok(asked_for(engine)),
+            Err(error) => format!("{error:#}"),
+        },
+    };
+    instead(choice, why, say)
+}
+
+/// Starts packet sockets in place of TC programs, which cannot be used for this reason.
+pub fn instead(choice: &Choice, why: String, say: &dyn Fn(&str)) -> Result<Started> {
+    say(&format!("vxmon: by packet sockets, since TC programs cannot be used: {why}"));
+    let engine = packet_socket(choice).context(format!("{why}; and without TC programs"))?;
+    Ok(Started { engine, fallback: Some(why) })
+}
+
+fn packet_socket(choice: &Choice) -> Result<Box<dyn Engine>> {
+    Ok(Box::new(PacketSocket::start(choice.sample, choice.packet_ring)?))
+}
+
+fn tc(choice: &Choice, say: &dyn Fn(&str)) -> Result<Box<dyn Engine>> {
     let mut layout = if choice.btf { Layout::detect() } else { Layout::without("not used, as asked for") };
     layout.config.sample = choice.sample;
     layout.config.csum_chunk = csum_chunk();
     if !choice.skb_conntrack {
         layout.config.has_conntrack = 0;
-    }
-    if let Err(error) = &layout.skb {
-        say(&format!(
-            "vxmon: without the skb's metadata ({error}), so any checksum that is right by some reading is accepted"
-        ));
-    } else if let Err(error) = &layout.conntrack {
-        say(&format!("vxmon: conntrack entries are looked up by netlink ({error})"));
     }
     for device in clsact::remove_leftovers()? {
         say(&format!("vxmon: removed from {device} what a vxmon that was killed had left there"));
@@ -48,10 +92,17 @@ pub fn start(choice: &Choice, say: &dyn Fn(&str)) -> Result<Box<dyn Engine>> {
             layout.config.has_conntrack = 0;
             let tc = Tc::load(&layout, choice.hook).with_context(kernel_needs)?;
             say(&format!("vxmon: without the skb's metadata and conntrack entry: {error}"));
-            tc
+            return Ok(Box::new(tc));
         }
         Err(error) => return Err(error).with_context(kernel_needs),
     };
+    if let Err(error) = &layout.skb {
+        say(&format!(
+            "vxmon: without the skb's metadata ({error}), so any checksum that is right by some reading is accepted"
+        ));
+    } else if let Err(error) = &layout.conntrack {
+        say(&format!("vxmon: conntrack entries are looked up by netlink ({error})"));
+    }
     Ok(Box::new(tc))
 }
 
@@ -68,8 +119,8 @@ fn csum_chunk() -> u32 {
 fn kernel_needs() -> String {
     let release = nix::sys::utsname::uname().map(|uname| uname.release().to_string_lossy().into_owned());
     format!(
-        "cannot watch on this kernel ({}): attach needs Linux 5.8 or later with CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_BPF, \
-         and no lockdown",
+        "cannot watch by TC programs on this kernel ({}), which need Linux 5.8 or later with CONFIG_BPF_SYSCALL and \
+         CONFIG_NET_CLS_BPF, and no lockdown",
         release.unwrap_or_else(|_| "unknown release".to_owned())
     )
 }
