@@ -431,7 +431,7 @@ fn missing_privilege_is_named() -> Result<()> {
     ];
     for (drop, parts) in cases {
         let mut command: Command = lab.a.command("timeout");
-        command.args(["10", "setpriv"]).args(drop).arg(&copy.0).arg("attach");
+        command.args(["10", "setpriv"]).args(drop).arg(&copy.0).args(["attach", "--engine", "tc"]);
         let output = command.stdin(Stdio::null()).output()?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         if said.starts_with("setpriv: ") {
