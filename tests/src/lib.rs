@@ -8,6 +8,7 @@
 //!   closure.
 //! - [`cleanup`]: what is left to do when the process is interrupted.
 //! - [`lab`]: the two nodes and how they are wired. [`rules`]: the NAT rules of node a.
+//! - [`ipvs`]: a service as kube-proxy's ipvs mode makes it.
 //! - [`traffic`]: HTTP, bulk TCP, UDP, ICMP echo, iperf3, and frames sent as they are.
 //! - [`capture`]: tcpdump's verdict on checksums, pcap files. [`counters`]: conntrack entries, `UdpInCsumErrors`, and big
 //!   packets at TC egress.
@@ -37,6 +38,7 @@ pub mod capture;
 pub mod cleanup;
 pub mod cmd;
 pub mod counters;
+pub mod ipvs;
 pub mod lab;
 pub mod netns;
 pub mod rules;

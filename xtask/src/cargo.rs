@@ -1,6 +1,7 @@
 //! Calls of cargo, and what is checked about the binary that it builds.
 
 use std::{
+    collections::BTreeMap,
     env, fs,
     path::{Path, PathBuf},
     process::Command,
@@ -71,6 +72,28 @@ fn executable(arguments: &[&str]) -> Result<PathBuf> {
     })?;
     proc::check(&command, status)?;
     found.context("cargo built no executable")
+}
+
+/// Builds those integration tests of `package`, and returns the path of each, by name.
+pub fn test_binaries(package: &str, names: &[String], release: bool) -> Result<BTreeMap<String, PathBuf>> {
+    let mut command = command()?;
+    command.args(["test", "--no-run", "--locked", "--message-format=json-render-diagnostics", "--package", package]);
+    if release {
+        command.arg("--release");
+    }
+    for name in names {
+        command.args(["--test", name]);
+    }
+    let mut found = BTreeMap::new();
+    let status = proc::run_lines(&mut command, |line| {
+        let Ok(message) = serde_json::from_str::<serde_json::Value>(line) else { return };
+        let (target, path) = (&message["target"], message["executable"].as_str());
+        if let (Some(name), Some(path), true) = (target["name"].as_str(), path, target["kind"][0] == "test") {
+            found.insert(name.to_owned(), PathBuf::from(path));
+        }
+    })?;
+    proc::check(&command, status)?;
+    Ok(found)
 }
 
 /// Copies a program to where an older version of it may be running.

@@ -3,7 +3,7 @@
 //! # Layout
 //! - [`proc`]: child processes, and what happens to them when this one is interrupted.
 //! - [`setup`]: makes the machine able to build and test. [`cargo`]: calls of cargo.
-//! - [`mod@test`], [`lint`], [`demo`], [`mod@bench`]: the task of that name.
+//! - [`mod@test`], [`lint`], [`demo`], [`vm`], [`mod@bench`]: the task of that name.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a developer's tool: its output is for people")]
 
@@ -14,6 +14,7 @@ mod lint;
 mod proc;
 mod setup;
 mod test;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -41,6 +42,8 @@ enum Task {
         #[arg(long, hide = true)]
         binary: Option<std::path::PathBuf>,
     },
+    /// Run the tests and the demo on other kernels, in QEMU
+    Vm(vm::Options),
     /// Measure what vxmon costs
     Bench,
 }
@@ -69,6 +72,7 @@ fn run(task: &Task) -> Result<ExitCode> {
         Task::Lint => lint::run()?,
         Task::Test { args } => return test::run(args),
         Task::Demo { binary } => demo::run(binary.clone())?,
+        Task::Vm(options) => return vm::run(options),
         Task::Bench => bench::run()?,
     }
     Ok(ExitCode::SUCCESS)

@@ -23,6 +23,8 @@ pub enum Scope {
     Build,
     /// To compile, and to run the lab and the tests.
     Everything,
+    /// That, and to run it on other kernels in QEMU, one of which is built from source.
+    Kernels,
 }
 
 /// Programs that the lab and the tests call, and the Debian package of each.
@@ -42,6 +44,29 @@ const LAB_PROGRAMS: [(&str, &str); 13] = [
     ("iperf3", "iperf3"),
 ];
 
+/// What `cargo xtask vm` calls, or a file that it needs, and the Debian package of each.
+const VM_PROGRAMS: [(&str, &str); 19] = [
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("/bin/busybox", "busybox-static"),
+    ("modprobe", "kmod"),
+    ("xz", "xz-utils"),
+    ("patch", "patch"),
+    ("make", "make"),
+    ("gcc", "gcc"),
+    ("flex", "flex"),
+    ("bison", "bison"),
+    ("bc", "bc"),
+    ("perl", "perl"),
+    ("pahole", "pahole"),
+    ("ipset", "ipset"),
+    ("ipvsadm", "ipvsadm"),
+    ("setpriv", "util-linux"),
+    ("dpkg-deb", "dpkg"),
+    ("/usr/include/libelf.h", "libelf-dev"),
+    ("/usr/include/openssl/ssl.h", "libssl-dev"),
+    ("/usr/src/linux-source-6.1.tar.xz", "linux-source-6.1"),
+];
+
 /// The name under which rustup knows Debian's toolchain.
 const LINKED_TOOLCHAIN: &str = "vxmon-ebpf";
 const DEBIAN_TOOLCHAIN: [&str; 4] = ["rustc-web", "cargo-web", "rust-web-src", "rust-web-clippy"];
@@ -57,9 +82,7 @@ const DOWNLOAD_LIMIT: Duration = Duration::from_secs(90);
 /// Checks what `scope` needs, and installs what is missing.
 pub fn run(scope: Scope) -> Result<()> {
     let mut packages = Vec::new();
-    if scope == Scope::Everything {
-        packages.extend(lab_packages());
-    }
+    packages.extend(missing_packages(scope));
     let tools = cargo::root()?.join("target/tools");
     let linker = tools.join("bin/bpf-linker");
     let linker_ready = proc::output(Command::new(&linker).arg("--version"))
@@ -81,7 +104,7 @@ pub fn run(scope: Scope) -> Result<()> {
     }
     if !packages.is_empty() {
         install(&packages)?;
-        if scope == Scope::Everything && !lab_packages().is_empty() {
+        if !missing_packages(scope).is_empty() {
             bail!("the packages are installed, but programs are still missing");
         }
     }
@@ -99,19 +122,31 @@ pub fn run(scope: Scope) -> Result<()> {
     Ok(())
 }
 
-/// The packages of the lab's programs that are missing.
-fn lab_packages() -> Vec<&'static str> {
+/// The packages of the programs that are missing.
+fn missing_packages(scope: Scope) -> Vec<&'static str> {
+    match scope {
+        Scope::Build => Vec::new(),
+        Scope::Everything => missing("the lab and the tests call it", &LAB_PROGRAMS),
+        Scope::Kernels => {
+            let lab = missing("the lab and the tests call it", &LAB_PROGRAMS);
+            [lab, missing("the lab of kernels needs it", &VM_PROGRAMS)].concat()
+        }
+    }
+}
+
+fn missing(why: &str, programs: &[(&'static str, &'static str)]) -> Vec<&'static str> {
     let mut packages = Vec::new();
-    for (program, package) in LAB_PROGRAMS {
+    for &(program, package) in programs {
         if find_program(program).is_none() {
-            eprintln!("setup: {program} is missing: the lab and the tests call it");
+            eprintln!("setup: {program} is missing: {why}");
             if !packages.contains(&package) {
                 packages.push(package);
             }
         }
     }
     if packages.is_empty() {
-        eprintln!("setup: the lab's programs ({})", LAB_PROGRAMS.map(|(program, _)| program).join(" "));
+        let names: Vec<&str> = programs.iter().map(|(program, _)| *program).collect();
+        eprintln!("setup: {}", names.join(" "));
     }
     packages
 }
