@@ -16,6 +16,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use vxmon_tests::{
     Capture, Family, Lab, LabOptions, RuleForm, Vxmon,
+    cleanup::note,
     counters::{conntrack_vxlan, udp_csum_errors},
     ipvs,
     lab::{UDP_PORT, ethtool, service},
@@ -39,7 +40,7 @@ impl Transcript {
 
     fn say(&self, what: impl Display) {
         let line = format!("{:7.2} s  {what}\n", self.start.elapsed().as_secs_f64());
-        print!("{line}");
+        note(line.trim_end());
         if let Some(file) = &self.file {
             let _ = file.lock().unwrap_or_else(PoisonError::into_inner).write_all(line.as_bytes());
         }
