@@ -30,10 +30,9 @@ use crate::{
         socket::{Protocol, Socket},
     },
     sink::{
-        Format,
+        Explain, Format, Paint, Printer,
         live::{Listeners, Live},
         metrics::Readings,
-        render,
         writer::Writer,
     },
     source::{
@@ -53,6 +52,10 @@ pub struct Settings {
     pub ports: Vec<u16>,
     /// How to write events.
     pub format: Format,
+    /// When to explain, in text.
+    pub explain: Explain,
+    /// Whether to colour text.
+    pub paint: Paint,
     /// When to end.
     pub duration: Option<Duration>,
     /// After how many reported anomalies to end.
@@ -123,6 +126,7 @@ struct Daemon<'a> {
     monitor: Monitor,
     route: Socket,
     attributor: Attributor,
+    printer: Printer,
     writer: Option<Writer>,
     broken: crate::sink::writer::Broken,
     live: Live,
@@ -158,6 +162,7 @@ impl<'a> Daemon<'a> {
         let Started { mut engine, fallback } = start::start(&settings.engine, say)?;
         let events = engine.events()?;
         let (writer, broken) = Writer::start(output).context("cannot start the output thread")?;
+        let release = nix::sys::utsname::uname().map(|uname| uname.release().to_string_lossy().into_owned());
         let node = nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let live = Live::start(listeners, &node).context("cannot start the thread of the socket and the metrics")?;
         Ok(Self {
@@ -165,6 +170,7 @@ impl<'a> Daemon<'a> {
             telemetry: Telemetry::default(),
             offloads: Offloads::default(),
             attributor: Attributor::new(node.clone(), settings.conntrack),
+            printer: Printer::new(settings.format, settings.explain, settings.paint, release.unwrap_or_default()),
             settings,
             say,
             node,
@@ -482,7 +488,7 @@ impl<'a> Daemon<'a> {
         self.telemetry.note(&record);
         let line = Arc::new(Line::from(record));
         self.live.publish(&line);
-        let line = render(self.settings.format, &line);
+        let line = self.printer.render(&line);
         self.writer.as_mut().is_some_and(|writer| writer.line(line))
     }
 
@@ -571,7 +577,7 @@ impl<'a> Daemon<'a> {
         };
         let line = Arc::new(Line::from(Record::Summary(summary)));
         self.live.publish(&line);
-        let line = render(self.settings.format, &line);
+        let line = self.printer.render(&line);
         let written = self.writer.take().is_some_and(|writer| writer.finish(line, PATIENCE));
         self.live.finish();
         if !written && !self.reader_gone {

@@ -17,7 +17,7 @@ use vxmon::{
         Anomalies, Anomaly, Attached, Attempt, Cause, Connections, Csum, Ct, DeviceSummary, Ending, Endpoints, Flow,
         Inner, Line, LostByStage, Nat, NatRule, Packets, Record, Summary,
     },
-    sink::{Format, render},
+    sink::{Explain, Format, Paint, Printer, render},
 };
 use vxmon_common::judge::{Reason, Verdict};
 
@@ -140,6 +140,7 @@ fn samples_are_as_the_schema_says() {
 fn the_text_sample_is_what_is_printed() {
     let readme = read("README.md");
     let mut text = String::new();
+    let mut printer = Printer::new(Format::Text, Explain::Auto, Paint::PLAIN, String::new());
     for (value, written) in samples().iter().zip(read(SAMPLE).lines()) {
         let record = match value["type"].as_str().unwrap() {
             "attached" => attached(value),
@@ -150,7 +151,7 @@ fn the_text_sample_is_what_is_printed() {
         };
         let line = Line::from(record);
         assert_eq!(render(Format::Json, &line).trim_end(), written);
-        text += render(Format::Text, &line).trim_end();
+        text += printer.render(&line).trim_end();
         text += "\n";
     }
     if std::env::var_os("VXMON_BLESS").is_some_and(|bless| bless == "1") {

@@ -17,7 +17,7 @@ use crate::{
     attribute::ConntrackSource,
     devices::Selection,
     monitor::{self, Settings},
-    sink::Format,
+    sink::{Color, Explain, Format, Paint},
     source::{
         start::{Choice, Kind},
         tc::Hook,
@@ -39,6 +39,12 @@ pub struct Args {
     /// How to write events.
     #[arg(long, env = "VXMON_FORMAT", value_enum, default_value_t = Format::Text)]
     format: Format,
+    /// When to explain a wrong checksum below its line, in text.
+    #[arg(long, env = "VXMON_EXPLAIN", value_enum, default_value_t = Explain::Auto)]
+    explain: Explain,
+    /// When to colour text.
+    #[arg(long, env = "VXMON_COLOR", value_enum, default_value_t = Color::Auto)]
+    color: Color,
     /// Write events to this file instead of standard output.
     #[arg(long, env = "VXMON_OUTPUT", value_name = "FILE")]
     output: Option<PathBuf>,
@@ -129,6 +135,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         selection: if args.devices.is_empty() { Selection::Auto } else { Selection::Named(args.devices.clone()) },
         ports: args.ports.clone(),
         format: args.format,
+        explain: args.explain,
+        paint: Paint::choose(args.color, args.output.is_none()),
         duration: args.duration,
         count: args.count,
         conntrack: match args.conntrack {

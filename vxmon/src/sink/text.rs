@@ -1,17 +1,18 @@
-//! Text for people: one line an event.
+//! Text for people: one line an event. What it means is [`super::explain`]'s business.
 
 use std::fmt::Write as _;
 
+use super::Paint;
 use crate::event::{
     Anomaly, Attached, Detached, Ending, Endpoints, Inner, Lost, Missed, Offload, Packets, Record, Summary,
 };
 
 /// An event as text, without the last line's end.
-pub fn render(record: &Record) -> String {
+pub fn render(record: &Record, paint: Paint) -> String {
     match record {
-        Record::Anomaly(anomaly) => self::anomaly(anomaly),
-        Record::Recovered(ending) => self::ending("recovered", ending),
-        Record::NotRecovered(ending) => self::ending("not-recovered", ending),
+        Record::Anomaly(anomaly) => self::anomaly(anomaly, paint),
+        Record::Recovered(ending) => self::ending(&paint.good("recovered"), ending),
+        Record::NotRecovered(ending) => self::ending(&paint.warn("not-recovered"), ending),
         Record::Attached(Attached { ts, dev, role, why, hook, metadata, .. }) => {
             let blind = if *metadata == "none" { ", without skb metadata" } else { "" };
             format!("{} {dev} watched as {role} ({}; by {hook}{blind})", time(ts), why.join(", "))
@@ -41,12 +42,19 @@ fn lost(Lost { ts, ring, queue, capture, .. }: &Lost) -> String {
     format!("{} {}", time(ts), parts.join("; "))
 }
 
+/// `12:00:54` of an RFC 3339 time stamp.
+pub fn time_of_day(ts: &str) -> &str {
+    let time = time(ts);
+    time.split_once('.').map_or(time, |(seconds, _)| seconds)
+}
+
 /// `12:00:54.373945` of an RFC 3339 time stamp.
 fn time(ts: &str) -> &str {
     ts.split_once('T').map_or(ts, |(_, time)| time).trim_end_matches('Z')
 }
 
-fn end(address: &str, port: u16) -> String {
+/// `10.0.100.3:8472`, `[fd00::1]:8472`.
+pub fn end(address: &str, port: u16) -> String {
     if address.contains(':') { format!("[{address}]:{port}") } else { format!("{address}:{port}") }
 }
 
@@ -54,17 +62,22 @@ fn ends(Endpoints { src, sport, dst, dport }: &Endpoints) -> String {
     format!("{} > {}", end(src, *sport), end(dst, *dport))
 }
 
-fn inner_text(inner: &Inner) -> String {
+/// `tcp 10.244.0.0:40018 > 10.244.2.73:9153`.
+pub fn connection(inner: &Inner) -> String {
     let side = |address: &str, port: Option<u16>| port.map_or(address.to_owned(), |port| end(address, port));
-    let mut text = format!("{} {} > {}", inner.proto, side(&inner.src, inner.sport), side(&inner.dst, inner.dport));
+    format!("{} {} > {}", inner.proto, side(&inner.src, inner.sport), side(&inner.dst, inner.dport))
+}
+
+fn inner_text(inner: &Inner) -> String {
+    let mut text = connection(inner);
     if let Some(flags) = &inner.flags {
         let _ = write!(text, " [{flags}]");
     }
     text
 }
 
-fn anomaly(anomaly: &Anomaly) -> String {
-    let mut line = format!("{} {} {}", time(&anomaly.ts), anomaly.dev, anomaly.verdict);
+fn anomaly(anomaly: &Anomaly, paint: Paint) -> String {
+    let mut line = format!("{} {} {}", time(&anomaly.ts), anomaly.dev, paint.bad(anomaly.verdict));
     if let Some(outer) = &anomaly.outer {
         let _ = write!(line, " {}", ends(outer));
     }
@@ -110,6 +123,9 @@ fn anomaly(anomaly: &Anomaly) -> String {
             }
             (None, _) => {}
         }
+    }
+    if let Some(flow) = anomaly.flow.as_ref().filter(|flow| flow.attempt > 1) {
+        let _ = write!(line, " | bad packet {} in {:.1} s", flow.attempt, flow.since_first_ms as f64 / 1e3);
     }
     if anomaly.suppressed > 0 {
         let _ = write!(line, " | {} more since the last line", anomaly.suppressed);
