@@ -34,7 +34,7 @@ use nix::{
     time::{ClockId, clock_gettime},
 };
 use tokio::sync::mpsc::{self, error::TrySendError};
-use vxmon_common::{counters::Counters, event::Event, packet::Bytes};
+use vxmon_common::{counters::Counters, event::Event, judge::Verdict, packet::Bytes};
 
 use self::{
     filter::Wanted,
@@ -303,7 +303,10 @@ fn look(device: &mut Device, judge: &mut Judge, sender: &mpsc::Sender<Box<Event>
             role: watch.role,
         };
         if let Some(event) = judge.look(&sighting, counters) {
+            // A good one follows up on bad ones, and is not counted.
+            let is_anomaly = Verdict::try_from(event.verdict).is_ok_and(Verdict::is_anomaly);
             match sender.try_send(event) {
+                _ if !is_anomaly => {}
                 Ok(()) => counters.sent += 1,
                 Err(TrySendError::Full(_) | TrySendError::Closed(_)) => counters.lost_ring += 1,
             }

@@ -4,12 +4,13 @@
 use std::{cell::Cell, collections::HashMap};
 
 use vxmon_common::{
-    config::{FLOWS, REPEAT_INTERVAL_NS, port_flag},
-    conntrack::{Nat, Tuple, cause},
+    config::{FLOWS, REPEAT_INTERVAL_NS, STORIES, port_flag},
+    conntrack::{Cause, Nat, Tuple, cause},
     counters::Counters,
     event::{Event, FlowCount, FlowKey, HEAD, event_flag, role},
     judge::{self, Finding, Outcome, Skb, State, Surroundings},
     packet::{self, Bytes, Ip, Packet as _, proto},
+    story::{self, Connection, Story, story_flag, tcp_flag},
 };
 
 use crate::devices::Role;
@@ -41,13 +42,14 @@ pub struct Judge {
     sample: u32,
     turn: Cell<u32>,
     repeats: Repeats,
+    stories: Remembered,
 }
 
 impl Judge {
     /// Sums the payload of one packet in `sample`; 0 and 1: of each. Knows no port yet.
     pub fn new(sample: u32) -> Self {
         let ports = vec![0; 1 << 16].into_boxed_slice();
-        Self { ports, sample, turn: Cell::new(0), repeats: Repeats::default() }
+        Self { ports, sample, turn: Cell::new(0), repeats: Repeats::default(), stories: Remembered::default() }
     }
 
     /// Sets the UDP ports of tunnel packets, host byte order.
@@ -60,7 +62,8 @@ impl Judge {
         }
     }
 
-    /// Judges a packet, counts it, and makes an event of an anomaly that is not a repeat within a second.
+    /// Judges a packet, counts it, and makes an event of an anomaly that is not a repeat within a second; also of the first
+    /// good packets of a connection after it, which have a good verdict.
     pub fn look(&mut self, sighting: &Sighting<'_>, counters: &mut Counters) -> Option<Box<Event>> {
         let surroundings = Around { judge: self, skb: sighting.skb };
         let found = match sighting.role {
@@ -77,7 +80,12 @@ impl Judge {
             Outcome::Judged(finding) if finding.verdict.is_anomaly() => {
                 return self.anomaly(sighting, &found.ip, &finding, counters);
             }
-            Outcome::Judged(finding) => add_one(&mut counters.verdicts, finding.verdict as usize),
+            Outcome::Judged(finding) => {
+                add_one(&mut counters.verdicts, finding.verdict as usize);
+                let so_far = self.stories.good(sighting, &found.ip)?;
+                let cause = Cause { verdict: finding.verdict, predicted: None, proved: false };
+                return Some(event(sighting, &found.ip, &finding, &cause, so_far, (so_far.bad, 0)));
+            }
         }
         None
     }
@@ -89,7 +97,7 @@ impl Judge {
         finding: &Finding,
         counters: &mut Counters,
     ) -> Option<Box<Event>> {
-        let Sighting { bytes, head, bare, skb: _, time_ns, ifindex, role } = *sighting;
+        let Sighting { bytes, time_ns, ifindex, role, .. } = *sighting;
         // The connection is looked up later, if at all.
         let cause = cause(finding, &if role == Role::Uplink { Nat::Unknown } else { Nat::None });
         add_one(&mut counters.verdicts, cause.verdict as usize);
@@ -98,51 +106,129 @@ impl Judge {
         let port = |at| bytes.u16(at).filter(|_| has_ports).unwrap_or(0);
         let key =
             FlowKey { src, dst, sport: port(ip.l4), dport: port(ip.l4 + 2), ifindex, verdict: cause.verdict as u32 };
-        let Some((count, suppressed)) = self.repeats.count(&key, time_ns) else {
+        let due = self.repeats.count(&key, time_ns);
+        let so_far = self.stories.bad(sighting, ip, due.is_some());
+        let Some(counts) = due else {
             counters.suppressed += 1;
             return None;
         };
-        let flag = |yes: bool, flag: u8| if yes { flag } else { 0 };
-        let kept = head.len().min(HEAD);
-        let mut event = Event {
-            time_ns,
-            count,
-            suppressed,
-            ct_status: 0,
-            ifindex,
-            len: bytes.len(),
-            mark: 0,
-            gso_type: finding.skb.gso_type,
-            gso_size: finding.skb.gso_size,
-            csum_start: finding.skb.csum_start,
-            csum_offset: finding.skb.csum_offset,
-            l3: ip.l3,
-            l4: ip.l4,
-            seen: finding.seen,
-            expected: finding.expected.unwrap_or(0),
-            predicted: cause.predicted.unwrap_or(0),
-            bare_ethertype: bare.unwrap_or(0),
-            verdict: cause.verdict as u8,
-            state: finding.skb.state as u8,
-            role: if role == Role::Uplink { role::UPLINK } else { role::VXLAN },
-            flags: event_flag::NO_MARK
-                | flag(finding.expected.is_some(), event_flag::EXPECTED)
-                | flag(cause.predicted.is_some(), event_flag::PREDICTED)
-                | flag(bare.is_some(), event_flag::BARE)
-                | flag(finding.skb.state == State::Partial, event_flag::CSUM_START),
-            ct_orig: Tuple::default(),
-            ct_reply: Tuple::default(),
-            last_bad_ns: 0,
-            attempts: 0,
-            bad_syns: 0,
-            head_len: kept as u32,
-            reserved: 0,
-            head: [0; HEAD],
+        Some(event(sighting, ip, finding, &cause, so_far, counts))
+    }
+}
+
+/// The event; `counts`: which of its flow it is, and how many were left out since the last.
+fn event(
+    sighting: &Sighting<'_>,
+    ip: &Ip,
+    finding: &Finding,
+    cause: &Cause,
+    so_far: Story,
+    (count, suppressed): (u64, u64),
+) -> Box<Event> {
+    let Sighting { bytes, head, bare, skb: _, time_ns, ifindex, role } = *sighting;
+    let flag = |yes: bool, flag: u8| if yes { flag } else { 0 };
+    let kept = head.len().min(HEAD);
+    let mut event = Event {
+        time_ns,
+        count,
+        suppressed,
+        ct_status: 0,
+        ifindex,
+        len: bytes.len(),
+        mark: 0,
+        gso_type: finding.skb.gso_type,
+        gso_size: finding.skb.gso_size,
+        csum_start: finding.skb.csum_start,
+        csum_offset: finding.skb.csum_offset,
+        l3: ip.l3,
+        l4: ip.l4,
+        seen: finding.seen,
+        expected: finding.expected.unwrap_or(0),
+        predicted: cause.predicted.unwrap_or(0),
+        bare_ethertype: bare.unwrap_or(0),
+        verdict: cause.verdict as u8,
+        state: finding.skb.state as u8,
+        role: role_number(role),
+        flags: event_flag::NO_MARK
+            | flag(finding.expected.is_some(), event_flag::EXPECTED)
+            | flag(cause.predicted.is_some(), event_flag::PREDICTED)
+            | flag(bare.is_some(), event_flag::BARE)
+            | flag(finding.skb.state == State::Partial, event_flag::CSUM_START),
+        ct_orig: Tuple::default(),
+        ct_reply: Tuple::default(),
+        last_bad_ns: so_far.last_bad_ns,
+        attempts: u32::try_from(so_far.bad).unwrap_or(u32::MAX),
+        bad_syns: u32::try_from(so_far.bad_syns).unwrap_or(u32::MAX),
+        head_len: kept as u32,
+        reserved: 0,
+        head: [0; HEAD],
+    };
+    for (to, from) in event.head.iter_mut().zip(head) {
+        *to = *from;
+    }
+    Box::new(event)
+}
+
+fn role_number(role: Role) -> u8 {
+    if role == Role::Uplink { role::UPLINK } else { role::VXLAN }
+}
+
+/// Connections that had bad packets, bounded as [`Repeats`] are.
+#[derive(Debug, Default)]
+struct Remembered {
+    young: HashMap<Connection, Story>,
+    old: HashMap<Connection, Story>,
+}
+
+impl Remembered {
+    fn find(sighting: &Sighting<'_>, ip: &Ip) -> Option<(Connection, u8)> {
+        let mut found = Connection::default();
+        let role = role_number(sighting.role);
+        let flags = story::connection(&sighting.bytes, ip, role, sighting.ifindex, &mut found)?;
+        Some((found, flags))
+    }
+
+    /// Counts a bad packet; one that is not sent begins no story. What is known then, the time being the last one's.
+    fn bad(&mut self, sighting: &Sighting<'_>, ip: &Ip, is_sent: bool) -> Story {
+        let Some((connection, flags)) = Self::find(sighting, ip) else {
+            return Story::default();
         };
-        for (to, from) in event.head.iter_mut().zip(head) {
-            *to = *from;
+        if !self.young.contains_key(&connection) {
+            let known = self.old.remove(&connection);
+            if known.is_none() && !is_sent {
+                return Story::default();
+            }
+            if self.young.len() >= STORIES as usize / 2 {
+                self.old = std::mem::take(&mut self.young);
+            }
+            self.young.insert(connection, known.unwrap_or_default());
         }
-        Some(Box::new(event))
+        let Some(story) = self.young.get_mut(&connection) else {
+            return Story::default();
+        };
+        let last_bad_ns = story.last_bad_ns;
+        story.bad += 1;
+        story.bad_syns += u64::from(flags & tcp_flag::SYN != 0);
+        story.last_bad_ns = sighting.time_ns;
+        if is_sent {
+            story.state = story_flag::OPEN;
+        }
+        Story { last_bad_ns, ..*story }
+    }
+
+    /// What came before a good packet, if it is one that is waited for: the first good SYN, the first good other packet.
+    fn good(&mut self, sighting: &Sighting<'_>, ip: &Ip) -> Option<Story> {
+        if self.young.is_empty() && self.old.is_empty() {
+            return None;
+        }
+        let (connection, flags) = Self::find(sighting, ip)?;
+        let story = self.young.get_mut(&connection).or_else(|| self.old.get_mut(&connection))?;
+        let is_syn = connection.proto as u8 == proto::TCP && flags & tcp_flag::SYN != 0;
+        if story.state & story_flag::OPEN == 0 || is_syn && story.state & story_flag::SYN_TOLD != 0 {
+            return None;
+        }
+        story.state = if is_syn { story.state | story_flag::SYN_TOLD } else { 0 };
+        Some(*story)
     }
 }
 
@@ -236,6 +322,45 @@ mod tests {
         }
         assert!(repeats.young.len() + repeats.old.len() <= FLOWS as usize);
         assert_eq!(repeats.count(&key(7), 10 * SECOND), None, "still known");
+    }
+
+    /// An Ethernet frame of a TCP packet, without its checksum: good if it is said to be filled in later.
+    fn tcp(flags: u8, check: u16) -> Vec<u8> {
+        let mut frame = vec![0; 14 + 20 + 20];
+        frame[12..14].copy_from_slice(&[8, 0]);
+        frame[14..18].copy_from_slice(&[0x45, 0, 0, 40]);
+        frame[23] = proto::TCP;
+        frame[26..34].copy_from_slice(&[10, 0, 0, 1, 10, 0, 0, 2]);
+        (frame[46], frame[47]) = (0x50, flags);
+        frame[50..52].copy_from_slice(&check.to_be_bytes());
+        frame
+    }
+
+    #[test]
+    fn the_first_good_packets_after_bad_ones_are_told() {
+        const ACK: u8 = 0x10;
+        let mut judge = Judge::new(1);
+        let mut counters = Counters::default();
+        // 10.0.0.1 + 10.0.0.2 + protocol + length: the pseudo-header sum, as it stands where the device fills in the rest.
+        let right = 0x0a00 + 0x0001 + 0x0a00 + 0x0002 + 6 + 20;
+        let skb = Skb { state: State::Partial, csum_start: 34, csum_offset: 16, ..Skb::UNKNOWN };
+        let mut look = |flags, check, time_ns| {
+            let frame = tcp(flags, check);
+            let bytes = Bytes::new(&frame);
+            let sighting = Sighting { bytes, head: &frame, bare: None, skb, time_ns, ifindex: 3, role: Role::Vxlan };
+            judge.look(&sighting, &mut counters)
+        };
+        let is_good = |event: &Option<Box<Event>>| event.as_ref().map(|event| event.verdict < 4);
+        assert_eq!(is_good(&look(ACK, right, 1)), None, "nothing was bad");
+        assert_eq!(is_good(&look(tcp_flag::SYN, 1, 2)), Some(false));
+        assert_eq!(is_good(&look(tcp_flag::SYN, 1, 3)), None, "a repeat");
+        let good_syn = look(tcp_flag::SYN, right, 4);
+        assert_eq!(good_syn.as_ref().map(|event| (event.attempts, event.bad_syns, event.last_bad_ns)), Some((2, 2, 3)));
+        assert_eq!(is_good(&good_syn), Some(true));
+        assert_eq!(is_good(&look(tcp_flag::SYN, right, 5)), None, "told already");
+        assert_eq!(is_good(&look(ACK, right, 6)), Some(true));
+        assert_eq!(is_good(&look(ACK, right, 7)), None, "told already");
+        assert_eq!((counters.suppressed, counters.seen()), (1, 7));
     }
 
     #[test]
