@@ -16,7 +16,10 @@ use aya::{
     programs::{ProgramError, SchedClassifier, TestRun, TestRunOptions},
 };
 use generate::{Rng, Row, Sample, Shape, Told};
-use vxmon::source::{btf::Layout, object};
+use vxmon::source::{
+    btf::Layout,
+    object::{self, Object},
+};
 use vxmon_common::{
     config::{CONFIG, PORTS, PORTS_MAP, port_flag},
     judge::{self, Found, Outcome, Reason, Skb, State, Verdict},
@@ -108,7 +111,7 @@ impl Kernel {
         let mut ebpf = EbpfLoader::new()
             .btf(None)
             .override_global(CONFIG, &layout.config, true)
-            .load(object::TEST)
+            .load(Object::new(object::TEST, layout.cast).bytes())
             .context("cannot load the test object")?;
         // The whole program is not run, but must pass the verifier with either setting.
         for name in [UPLINK, VXLAN, "whole_uplink"] {
@@ -176,7 +179,6 @@ fn userspace(program: &str, case: &Case) -> [u32; 6] {
     };
     let Some(Found { ip, outcome }) = found else { return [0; 6] };
     match outcome {
-        Outcome::Other => [1, 0, 0, 0, 0, ip.l4],
         Outcome::Unverified(reason) => [2, reason as u32, 0, 0, 0, ip.l4],
         Outcome::Judged(finding) => {
             let expected = u32::from(finding.expected.unwrap_or(0));

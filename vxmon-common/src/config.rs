@@ -7,12 +7,13 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Name of the read-only global.
 pub const CONFIG: &str = "CONFIG";
-/// Name of the map of UDP ports: one value of [`PORTS`] bytes, indexed by the port in memory order, see [`port_flag`].
-pub const PORTS_MAP: &str = "PORTS";
-/// Name of the map from interface index to slot: one value of [`SLOTS_TABLE`] bytes, indexed by `ifindex & 0xffff`.
-pub const SLOTS_MAP: &str = "SLOTS";
-/// Name of the map of [`Device`], indexed by slot.
-pub const DEVICES_MAP: &str = "DEVICES";
+/// Section, and so name of the map, of the table of UDP ports: [`PORTS`] bytes, indexed by the port in memory order, see
+/// [`port_flag`]. This table and the next two are globals: the program reaches them without a lookup.
+pub const PORTS_MAP: &str = ".bss.ports";
+/// Section of the table from interface index to slot: [`SLOTS_TABLE`] bytes, indexed by `ifindex & 0xffff`.
+pub const SLOTS_MAP: &str = ".bss.slots";
+/// Section of the table of [`Device`], [`SLOTS`] of them, indexed by slot.
+pub const DEVICES_MAP: &str = ".bss.devices";
 /// Name of the per-CPU map of [`crate::counters::Counters`], indexed by slot.
 pub const COUNTERS_MAP: &str = "COUNTERS";
 /// Name of the ring buffer of [`crate::event::Event`].
@@ -31,7 +32,7 @@ pub const PORTS: usize = 1 << 16;
 /// Bytes in the slot table.
 pub const SLOTS_TABLE: usize = 1 << 16;
 /// Slots: 0 means "not watched", so at most one device fewer can be watched at a time.
-pub const SLOTS: u32 = 128;
+pub const SLOTS: u32 = slot_bits::SLOT as u32 + 1;
 /// Flows whose repeats are counted at a time; the least recently seen gives way.
 pub const FLOWS: u32 = 8192;
 /// Connections that had bad packets and are remembered at a time; the least recently seen gives way. The daemon keeps
@@ -51,10 +52,16 @@ pub mod port_flag {
     pub const NO_ZERO_IPV6: u8 = 2;
 }
 
+/// Bits of an entry in the slot table.
+pub mod slot_bits {
+    /// The slot's number.
+    pub const SLOT: u8 = 0x7f;
+    /// The device's packets have no Ethernet header.
+    pub const BARE: u8 = 0x80;
+}
+
 /// Bits of [`Device::flags`].
 pub mod device_flag {
-    /// The device's packets have no Ethernet header.
-    pub const BARE: u32 = 1;
     /// Another watched device lies below this one: remember what passed.
     pub const HAS_LOWER: u32 = 2;
     /// Good packets may belong to a connection whose recovery is waited for: look them up.
@@ -74,6 +81,25 @@ pub struct Device {
     pub above: [u64; 2],
 }
 
+/// The table of devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(transparent)]
+pub struct Devices(pub [Device; SLOTS as usize]);
+
+/// Values of [`Config::has_skb`].
+pub mod skb_access {
+    /// The skb's metadata is not read.
+    pub const NONE: u32 = 0;
+    /// A window of it is copied (`bpf_probe_read_kernel()`).
+    pub const COPY: u32 = 1;
+    /// It is read in place, through `bpf_cast_to_kern_ctx()`.
+    pub const CAST: u32 = 2;
+}
+
+/// What the object calls in place of the kernel function `bpf_cast_to_kern_ctx()`: the daemon puts in the number that the
+/// running kernel's BTF has for it, or takes the call out. "vxca"; no helper has such a number.
+pub const CAST: i32 = 0x7678_6361;
+
 /// Bytes of the skb that the program reads at once to get at its metadata.
 pub const WINDOW: usize = 160;
 
@@ -85,7 +111,7 @@ pub struct Config {
     pub sample: u32,
     /// Bytes that `bpf_csum_diff` takes at once: 512 on kernels that copy them to a scratchpad first.
     pub csum_chunk: u32,
-    /// Whether the skb's metadata is read; the offsets below count only then.
+    /// How the skb's metadata is read, see [`skb_access`]; the offsets below count unless it is not.
     pub has_skb: u32,
     /// Start of the window in `struct sk_buff`; the next offsets count from here.
     pub window_start: u32,
@@ -124,6 +150,8 @@ mod pod {
     #![expect(unsafe_code, reason = "aya's Pod is an unsafe marker; zerocopy's derives prove what it asks")]
     // SAFETY: repr(C), integers only, no padding (IntoBytes is derived).
     unsafe impl aya::Pod for super::Device {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Devices {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::Config {}
     // SAFETY: as above.

@@ -163,7 +163,7 @@ pub struct Cause {
 /// an unchanged address, which is named but not proved.
 #[inline(always)]
 pub fn cause(finding: &Finding, nat: &Nat<'_>) -> Cause {
-    let Finding { verdict, seen, expected, skb: _ } = *finding;
+    let Finding { verdict, seen, expected } = *finding;
     let unnamed = Cause { verdict, predicted: None, proved: false };
     match (verdict, nat) {
         (Verdict::NatMangledZero, Nat::Rewritten(rewrite)) => {

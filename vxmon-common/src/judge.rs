@@ -16,9 +16,19 @@
 //! TC egress runs before `validate_xmit_skb()`, so an offloaded sum is still unfilled there: "checksum incorrect (maybe
 //! caused by offload)" is no fault here. Nothing in this file reads a map, a clock or a device.
 
+use core::mem::offset_of;
+
+use network_types::{
+    eth::EthHdr,
+    ip::{Ipv4Hdr, Ipv6Hdr},
+};
+
 use crate::{
     checksum::{Sum, same},
-    packet::{self, Family, Fragment, Ip, Packet, Stop, UDP, UDP_CHECK, UDP_DST, UDP_LEN, proto},
+    packet::{
+        self, ETHERNET, Family, Fragment, Ip, OFFSET_MASK, Packet, Stop, UDP, UDP_CHECK, UDP_DST, UDP_LEN, ethertype,
+        proto,
+    },
 };
 
 /// What the judge says of a packet it could judge. The numbers are fixed: they cross the ring buffer and index counters.
@@ -209,19 +219,116 @@ pub struct Finding {
     pub seen: u16,
     /// What it should hold; `None` where no one value is right (`zero-outer-v6`, `malformed`).
     pub expected: Option<u16>,
-    /// The metadata it rests on; unknown also where none was needed (`zero`).
-    pub skb: Skb,
 }
 
 /// What came of looking at a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// Not a packet with a checksum to judge here.
-    Other,
-    /// One that could not be judged.
+    /// It could not be judged.
     Unverified(Reason),
-    /// One that was.
+    /// It was judged.
     Judged(Finding),
+}
+
+/// An [`Outcome`] in one number, every part of which is always set: of an enum the compiler may carry along parts that the
+/// case at hand does not have, and the kernel's verifier refuses to read them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packed(u64);
+
+impl Packed {
+    const JUDGED: u64 = 1 << 8;
+    const EXPECTED: u64 = 1 << 9;
+
+    /// As one number.
+    #[inline(always)]
+    pub const fn to_bits(self) -> u64 {
+        self.0
+    }
+
+    /// Back from [`Packed::to_bits`].
+    #[inline(always)]
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+
+    #[inline(always)]
+    const fn unverified(reason: Reason) -> Self {
+        Self(reason as u64)
+    }
+
+    #[inline(always)]
+    const fn judged(verdict: Verdict, seen: u16) -> Self {
+        Self(verdict as u64 | Self::JUDGED | (seen as u64) << 16)
+    }
+
+    #[inline(always)]
+    const fn expecting(self, expected: u16) -> Self {
+        Self(self.0 | Self::EXPECTED | (expected as u64) << 32)
+    }
+
+    /// Whether it was judged.
+    #[inline(always)]
+    pub const fn is_judged(self) -> bool {
+        self.0 & Self::JUDGED != 0
+    }
+
+    /// Number of the verdict, or of the reason if it was not judged.
+    #[inline(always)]
+    pub const fn number(self) -> u8 {
+        self.0 as u8
+    }
+
+    /// Whether it was judged a fault.
+    #[inline(always)]
+    pub const fn is_anomaly(self) -> bool {
+        self.is_judged() && self.number() >= Verdict::NatMangledZero as u8
+    }
+
+    /// What was found, if it was judged.
+    #[inline(always)]
+    pub const fn finding(self) -> Finding {
+        let verdict = match self.number() {
+            0 => Verdict::Zero,
+            1 => Verdict::Valid,
+            2 => Verdict::LcoValid,
+            3 => Verdict::Pending,
+            4 => Verdict::NatMangledZero,
+            5 => Verdict::NatStalePort,
+            6 => Verdict::BadOuter,
+            7 => Verdict::BadInner,
+            8 => Verdict::ZeroOuterV6,
+            _ => Verdict::Malformed,
+        };
+        let expected = if self.has_expected() { Some(self.expected()) } else { None };
+        Finding { verdict, seen: self.seen(), expected }
+    }
+
+    /// The checksum field, memory order.
+    #[inline(always)]
+    pub const fn seen(self) -> u16 {
+        (self.0 >> 16) as u16
+    }
+
+    /// What it should hold, memory order; 0 where no one value is right.
+    #[inline(always)]
+    pub const fn expected(self) -> u16 {
+        (self.0 >> 32) as u16
+    }
+
+    /// Whether one value is right.
+    #[inline(always)]
+    pub const fn has_expected(self) -> bool {
+        self.0 & Self::EXPECTED != 0
+    }
+
+    /// The same as an enum.
+    pub fn outcome(self) -> Outcome {
+        if self.is_judged() {
+            return Outcome::Judged(self.finding());
+        }
+        let reason = Reason::ALL.get(usize::from(self.number())).copied();
+        Outcome::Unverified(reason.unwrap_or(Reason::Unreadable))
+    }
 }
 
 /// What the judge asks of its surroundings. In the kernel these are maps and helpers; each is asked only when needed.
@@ -235,6 +342,12 @@ pub trait Surroundings {
     fn skb(&self) -> Skb;
     /// Whether this packet's whole payload is to be summed (`--sample`).
     fn sum_payload(&self) -> bool;
+    /// Judges where the metadata does not tell which row applies: [`Datagram::any_reading`], which an implementation may
+    /// only wrap.
+    #[inline(always)]
+    fn any_reading<P: Packet>(&self, packet: &P, datagram: &Datagram) -> Packed {
+        datagram.any_reading(packet, self.sum_payload())
+    }
 }
 
 /// The outer headers of a tunnel packet, once found; the caller needs them to report it.
@@ -251,7 +364,7 @@ pub struct Found {
 #[inline(always)]
 pub fn uplink<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ethertype: Option<u16>) -> Option<Found> {
     let ip = tunnel(packet, surroundings, ethertype)?;
-    Some(Found { ip, outcome: outer(packet, surroundings, &ip) })
+    Some(Found { ip, outcome: outer(packet, surroundings, &ip).outcome() })
 }
 
 /// The first half of [`uplink`]: is it a tunnel packet?
@@ -268,9 +381,54 @@ pub fn tunnel<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ethertyp
     surroundings.is_tunnel_port(packet.u16(ip.l4 + UDP_DST)?).then_some(ip)
 }
 
+/// What the first bytes of a frame show.
+#[derive(Clone, Copy, Debug)]
+pub enum Glance {
+    /// Not a tunnel packet.
+    Other,
+    /// A tunnel packet over IPv4, without VLAN tags or IP options.
+    Tunnel(Ip),
+    /// [`tunnel`] has to look.
+    Unclear,
+}
+
+/// Bytes that [`glance`] looks at: Ethernet, IPv4 and UDP header.
+pub const GLANCE: u32 = ETHERNET + IPV4 + UDP;
+/// Length of an IPv4 header without options.
+const IPV4: u32 = Ipv4Hdr::LEN as u32;
+
+/// What [`tunnel`] would say of an Ethernet frame, as far as its first [`GLANCE`] bytes tell. Most packets of a node end
+/// here, so it reads at constant offsets only.
+#[inline(always)]
+pub fn glance<P: Packet, S: Surroundings>(head: &P, surroundings: &S) -> Glance {
+    const NO_OPTIONS: u8 = 0x45;
+    let look = || {
+        let ethertype = head.u16(offset_of!(EthHdr, ether_type) as u32)?;
+        if ethertype == ethertype::IPV6 {
+            let next = head.u8(ETHERNET + offset_of!(Ipv6Hdr, next_hdr) as u32)?;
+            let is_last = next == proto::TCP || next == proto::ICMPV6;
+            return Some(if is_last { Glance::Other } else { Glance::Unclear });
+        }
+        if ethertype != ethertype::IPV4 {
+            return Some(if packet::is_tag(ethertype) { Glance::Unclear } else { Glance::Other });
+        }
+        if head.u8(ETHERNET + offset_of!(Ipv4Hdr, proto) as u32)? != proto::UDP {
+            return Some(Glance::Other);
+        }
+        if head.u8(ETHERNET)? != NO_OPTIONS {
+            return Some(Glance::Unclear);
+        }
+        let ip = packet::ip(head, ethertype::IPV4, ETHERNET).ok()?;
+        let is_tunnel =
+            ip.fragment != Fragment::Later && surroundings.is_tunnel_port(head.u16(ETHERNET + IPV4 + UDP_DST)?);
+        Some(if is_tunnel { Glance::Tunnel(Ip { l4: ETHERNET + IPV4, ..ip }) } else { Glance::Other })
+    };
+    look().unwrap_or(Glance::Unclear)
+}
+
 /// The second half of [`uplink`].
 #[inline(always)]
-pub fn outer<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip) -> Outcome {
+pub fn outer<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip) -> Packed {
     if ip.fragment == Fragment::No { udp(packet, surroundings, ip, true) } else { FRAGMENT }
 }
 
@@ -278,6 +436,13 @@ pub fn outer<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip) 
 /// `None`: a frame without a checksum that vxmon knows (ARP, SCTP, ESP, …).
 #[inline(always)]
 pub fn vxlan_device<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ethertype: Option<u16>) -> Option<Found> {
+    let (ip, packed) = frame(packet, surroundings, ethertype)?;
+    Some(Found { ip, outcome: packed.outcome() })
+}
+
+/// [`vxlan_device`] in the form for the kernel.
+#[inline(always)]
+pub fn frame<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ethertype: Option<u16>) -> Option<(Ip, Packed)> {
     let (ethertype, l3) = match ethertype {
         Some(bare) => (bare, 0),
         None => packet::ethernet(packet, 0).ok()?,
@@ -287,29 +452,23 @@ pub fn vxlan_device<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, et
     let outcome = if ip.fragment != Fragment::No {
         FRAGMENT
     } else if ip.proto == proto::UDP {
-        match udp(packet, surroundings, &ip, false) {
-            Outcome::Judged(finding) if finding.verdict.is_anomaly() && finding.verdict != Verdict::Malformed => {
-                Outcome::Judged(Finding { verdict: Verdict::BadInner, ..finding })
-            }
-            outcome => outcome,
-        }
+        udp(packet, surroundings, &ip, false)
     } else {
         l4(packet, surroundings, &ip, check)
     };
-    Some(Found { ip, outcome })
+    Some((ip, outcome))
 }
 
-const UNREADABLE: Outcome = Outcome::Unverified(Reason::Unreadable);
-const FRAGMENT: Outcome = Outcome::Unverified(Reason::Fragment);
-const AMBIGUOUS: Outcome = Outcome::Unverified(Reason::Ambiguous);
-const MALFORMED: Outcome =
-    Outcome::Judged(Finding { verdict: Verdict::Malformed, seen: 0, expected: None, skb: Skb::UNKNOWN });
+const UNREADABLE: Packed = Packed::unverified(Reason::Unreadable);
+const FRAGMENT: Packed = Packed::unverified(Reason::Fragment);
+const AMBIGUOUS: Packed = Packed::unverified(Reason::Ambiguous);
+const MALFORMED: Packed = Packed::judged(Verdict::Malformed, 0);
 /// No IP packet is longer, jumbograms and BIG TCP aside.
 const MAX_IP: u32 = 0xffff;
 
 /// Length of the L4 part by the IP header, or what is wrong with it.
 #[inline(always)]
-fn l4_length<P: Packet>(packet: &P, ip: &Ip) -> Result<u32, Outcome> {
+fn l4_length<P: Packet>(packet: &P, ip: &Ip) -> Result<u32, Packed> {
     let len = packet.len();
     let end = if ip.end != 0 {
         ip.end
@@ -323,7 +482,7 @@ fn l4_length<P: Packet>(packet: &P, ip: &Ip) -> Result<u32, Outcome> {
 
 /// Judges a UDP checksum: the outer one of a tunnel packet, or one inside.
 #[inline(always)]
-fn udp<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip, is_outer: bool) -> Outcome {
+fn udp<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip, is_outer: bool) -> Packed {
     let (Some(length), Some(seen)) = (packet.u16(ip.l4 + UDP_LEN), packet.u16(ip.l4 + UDP_CHECK)) else {
         return UNREADABLE;
     };
@@ -341,9 +500,7 @@ fn udp<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip, is_out
         let wrong = is_outer
             && ip.family == Family::V6
             && packet.u16(ip.l4 + UDP_DST).is_some_and(|port| surroundings.zero_over_ipv6_is_wrong(port));
-        let (verdict, skb) =
-            if wrong { (Verdict::ZeroOuterV6, surroundings.skb()) } else { (Verdict::Zero, Skb::UNKNOWN) };
-        return Outcome::Judged(Finding { verdict, seen, expected: None, skb });
+        return Packed::judged(if wrong { Verdict::ZeroOuterV6 } else { Verdict::Zero }, seen);
     }
     if ip.rerouted {
         return AMBIGUOUS;
@@ -352,14 +509,16 @@ fn udp<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip, is_out
         return UNREADABLE;
     };
     let skb = surroundings.skb();
-    let datagram = Datagram { at: ip.l4, length, seen, pseudo, wrong: Verdict::BadOuter, skb };
+    let wrong = if is_outer { Verdict::BadOuter } else { Verdict::BadInner };
+    let datagram = Datagram { at: ip.l4, length, seen, pseudo, wrong };
     match Row::of(&skb, ip.l4, length) {
-        Row::MustBeZero => datagram.found_wrong(Verdict::NatMangledZero, 0),
+        Row::MustBeZero if is_outer => Packed::judged(Verdict::NatMangledZero, seen).expecting(0),
+        Row::MustBeZero => Packed::judged(wrong, seen).expecting(0),
         Row::Pending => datagram.pending(),
         Row::Lco => datagram.lco(packet, skb.csum_start, skb.csum_offset),
-        Row::Full => datagram.full(packet, surroundings),
+        Row::Full => datagram.full(packet, surroundings.sum_payload()),
         Row::Segmented => datagram.segmented(),
-        Row::Any => datagram.any_reading(packet, surroundings),
+        Row::Any => surroundings.any_reading(packet, &datagram),
     }
 }
 
@@ -402,7 +561,7 @@ impl Row {
 
 /// Judges the checksum of an inner TCP, ICMP or ICMPv6 packet.
 #[inline(always)]
-fn l4<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip, check: u32) -> Outcome {
+fn l4<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip, check: u32) -> Packed {
     let length = match l4_length(packet, ip) {
         Ok(length) => length,
         Err(outcome) => return outcome,
@@ -419,7 +578,7 @@ fn l4<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip, check: 
     };
     let pseudo = if has_pseudo_header { pseudo } else { Sum::ZERO };
     let skb = surroundings.skb();
-    let datagram = Datagram { at: ip.l4, length, seen, pseudo, wrong: Verdict::BadInner, skb };
+    let datagram = Datagram { at: ip.l4, length, seen, pseudo, wrong: Verdict::BadInner };
     match skb.state {
         State::Partial if skb.csum_start == ip.l4 && has_pseudo_header => {
             // Some guests leave the length out of the pseudo-header of a packet to be segmented, as their own
@@ -432,19 +591,20 @@ fn l4<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip, check: 
             }
         }
         State::None | State::Unnecessary | State::Complete if skb.gso_size > 0 => datagram.segmented(),
-        State::None | State::Unnecessary | State::Complete => datagram.full(packet, surroundings),
+        State::None | State::Unnecessary | State::Complete => datagram.full(packet, surroundings.sum_payload()),
         State::Partial | State::Unknown => {
             if has_pseudo_header && same(seen, pseudo.fold()) {
                 datagram.pending()
             } else {
-                datagram.full(packet, surroundings)
+                datagram.full(packet, surroundings.sum_payload())
             }
         }
     }
 }
 
 /// A span of bytes with a checksum in it, and the rows of the table as its methods.
-struct Datagram {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Datagram {
     /// Offset of the L4 header.
     at: u32,
     /// Length of L4 header and payload.
@@ -455,25 +615,46 @@ struct Datagram {
     pseudo: Sum,
     /// The verdict if it is wrong.
     wrong: Verdict,
-    /// The skb's metadata.
-    skb: Skb,
 }
 
 impl Datagram {
+    /// All but the pseudo-header sum in one number, and so through one register.
     #[inline(always)]
-    fn found(&self, right: bool, good: Verdict, expected: u16) -> Outcome {
-        let (verdict, expected) = if right { (good, self.seen) } else { (self.wrong, expected) };
-        Outcome::Judged(Finding { verdict, seen: self.seen, expected: Some(expected), skb: self.skb })
+    pub const fn pack(&self) -> u64 {
+        (self.at & OFFSET_MASK) as u64
+            | ((self.length & OFFSET_MASK) as u64) << 20
+            | (self.seen as u64) << 40
+            | (self.wrong as u64) << 56
+    }
+
+    /// The pseudo-header sum, with the length.
+    #[inline(always)]
+    pub const fn pseudo(&self) -> Sum {
+        self.pseudo
+    }
+
+    /// Back from [`Datagram::pack`].
+    #[inline(always)]
+    pub const fn unpack(packed: u64, pseudo: Sum) -> Self {
+        let is_inner = packed >> 56 == Verdict::BadInner as u64;
+        Self {
+            at: packed as u32 & OFFSET_MASK,
+            length: (packed >> 20) as u32 & OFFSET_MASK,
+            seen: (packed >> 40) as u16,
+            pseudo,
+            wrong: if is_inner { Verdict::BadInner } else { Verdict::BadOuter },
+        }
     }
 
     #[inline(always)]
-    fn found_wrong(&self, verdict: Verdict, expected: u16) -> Outcome {
-        Outcome::Judged(Finding { verdict, seen: self.seen, expected: Some(expected), skb: self.skb })
+    fn found(&self, right: bool, good: Verdict, expected: u16) -> Packed {
+        let (verdict, expected) = if right { (good, self.seen) } else { (self.wrong, expected) };
+        Packed::judged(verdict, self.seen).expecting(expected)
     }
 
     /// The field holds the pseudo-header sum.
     #[inline(always)]
-    fn pending(&self) -> Outcome {
+    fn pending(&self) -> Packed {
         let expected = self.pseudo.fold();
         self.found(same(self.seen, expected), Verdict::Pending, expected)
     }
@@ -482,14 +663,14 @@ impl Datagram {
     /// holds the pseudo-header sum (since 6.11: udp_send_skb(), net/ipv4/udp.c, "Don't checksum the payload, skb will get
     /// segmented"); in a list of packets joined on receipt (SKB_GSO_FRAGLIST) it is the first one's own, final sum.
     #[inline(always)]
-    fn segmented(&self) -> Outcome {
+    fn segmented(&self) -> Packed {
         if same(self.seen, self.pseudo.fold()) { self.pending() } else { AMBIGUOUS }
     }
 
     /// The field is final, by Local Checksum Offload: from `csum_start` on, the packet will sum to the complement of
     /// what stands in the inner check field now, so that the payload need not be read (lco_csum(), include/linux/skbuff.h).
     #[inline(always)]
-    fn lco(&self, packet: &impl Packet, csum_start: u32, csum_offset: u32) -> Outcome {
+    fn lco(&self, packet: &impl Packet, csum_start: u32, csum_offset: u32) -> Packed {
         match self.lco_sum(packet, csum_start, csum_offset) {
             Some(sum) => self.found(sum.is_all_ones(), Verdict::LcoValid, sum.minus_u16(self.seen).to_check()),
             None => UNREADABLE,
@@ -505,12 +686,12 @@ impl Datagram {
 
     /// The field is final, over everything.
     #[inline(always)]
-    fn full(&self, packet: &impl Packet, surroundings: &impl Surroundings) -> Outcome {
-        if !surroundings.sum_payload() {
-            return Outcome::Unverified(Reason::Sampled);
+    fn full(&self, packet: &impl Packet, sum_payload: bool) -> Packed {
+        if !sum_payload {
+            return Packed::unverified(Reason::Sampled);
         }
         if self.length > MAX_IP {
-            return Outcome::Unverified(Reason::TooLong);
+            return Packed::unverified(Reason::TooLong);
         }
         match packet.sum(self.at, self.length) {
             Some(sum) => {
@@ -525,7 +706,7 @@ impl Datagram {
     /// shows which row applies: its own sum is pending (so the outer one is by LCO), or final (so the outer one is
     /// full). Where it shows neither, as with a tunnel inside the tunnel, it stays open.
     #[inline(always)]
-    fn any_reading(&self, packet: &impl Packet, surroundings: &impl Surroundings) -> Outcome {
+    pub fn any_reading(&self, packet: &impl Packet, sum_payload: bool) -> Packed {
         if same(self.seen, self.pseudo.fold()) {
             return self.pending();
         }
@@ -540,11 +721,8 @@ impl Datagram {
         {
             return self.found(true, Verdict::LcoValid, self.seen);
         }
-        let full = self.full(packet, surroundings);
-        let Outcome::Judged(Finding { verdict, .. }) = full else {
-            return full;
-        };
-        if !verdict.is_anomaly() {
+        let full = self.full(packet, sum_payload);
+        if !full.is_anomaly() {
             return full;
         }
         match inner {

@@ -224,7 +224,7 @@ impl Ip {
 }
 
 /// Bits of an offset in a packed [`Ip`]: no header walk and no IP length field gets beyond.
-const OFFSET_MASK: u32 = (1 << 20) - 1;
+pub const OFFSET_MASK: u32 = (1 << 20) - 1;
 
 /// Why a header walk ended early.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -250,8 +250,9 @@ pub fn ethernet<P: Packet>(packet: &P, at: u32) -> Result<(u16, u32), Stop> {
     if is_tag(ethertype) { Err(Stop::Unreadable) } else { Ok((ethertype, next)) }
 }
 
+/// Whether a VLAN tag follows.
 #[inline(always)]
-const fn is_tag(ethertype: u16) -> bool {
+pub const fn is_tag(ethertype: u16) -> bool {
     ethertype == EtherType::Ieee8021q as u16
         || ethertype == EtherType::Ieee8021ad as u16
         || ethertype == EtherType::Ieee8021QinQ1 as u16

@@ -9,7 +9,7 @@ mod generate;
 use generate::{ICMP, ICMPV6, Inside, Place, Rng, Row, Sample, Shape, TCP, Told, UDP, congruent, field_of, get, put};
 use proptest::prelude::*;
 use vxmon_common::{
-    judge::{self, Finding, Outcome, Reason, SKB_GSO_UDP_TUNNEL, Skb, State, Verdict},
+    judge::{self, Finding, Glance, Outcome, Packed, Reason, SKB_GSO_UDP_TUNNEL, Skb, State, Verdict},
     packet::{self, Bytes, Family, Fragment, Ip, Stop},
 };
 
@@ -46,6 +46,20 @@ fn sample(seed: u64) -> Sample {
     Sample::any(&mut rng, row)
 }
 
+/// A glance is enough for a good part of all tunnel packets, and for what is none.
+#[test]
+fn a_glance_mostly_suffices() {
+    let glances = (0..300).map(|seed| {
+        let sample = sample(seed);
+        judge::glance(&Bytes::new(sample.bytes.get(..42).unwrap_or_default()), &Told::new(sample.skb))
+    });
+    let tunnels = glances.filter(|glance| matches!(glance, Glance::Tunnel(_))).count();
+    assert!(tunnels > 60, "only {tunnels} of 300 tunnel packets");
+    let mut arp = [0; 42];
+    arp[12..14].copy_from_slice(&[0x08, 0x06]);
+    assert!(matches!(judge::glance(&Bytes::new(&arp), &Told::new(Skb::UNKNOWN)), Glance::Other));
+}
+
 /// A packet of this row with TCP inside.
 fn tcp(rng: &mut Rng, row: Row, v6: bool) -> Sample {
     let shape = Shape { v6, inside: Inside::Ip { v6: false, proto: TCP }, ..Shape::any(rng, row, 100) };
@@ -64,6 +78,42 @@ proptest! {
             prop_assert_eq!(u16::from_be(found.seen), sample.outer_check());
             if found.verdict != Verdict::Zero {
                 prop_assert_eq!(found.expected, Some(found.seen));
+            }
+        }
+    }
+
+    /// A glance at the first bytes never says other than the whole walk, and mostly says something.
+    #[test]
+    fn a_glance_agrees_with_the_walk(seed in any::<u64>(), at in 0_usize..42, byte in any::<u8>(), change in any::<bool>()) {
+        let mut sample = sample(seed);
+        if change && at < sample.bytes.len() {
+            sample.bytes[at] = byte;
+        }
+        let told = Told::new(sample.skb);
+        let (head, packet) = (sample.bytes.get(..42).unwrap_or_default(), Bytes::new(&sample.bytes));
+        let walked = judge::tunnel(&packet, &told, None);
+        match (judge::glance(&Bytes::new(head), &told), walked) {
+            (Glance::Unclear, _) | (Glance::Other, None) => {}
+            (Glance::Tunnel(glanced), Some(walked)) => prop_assert_eq!(format!("{glanced:?}"), format!("{walked:?}")),
+            (glanced, walked) => prop_assert!(false, "{glanced:?}, but {walked:?}: {:?}", sample.shape),
+        }
+    }
+
+    /// What crosses between the kernel program's functions says the same.
+    #[test]
+    fn outcomes_are_the_same_when_packed(seed in any::<u64>()) {
+        let sample = sample(seed);
+        let told = Told::new(sample.skb);
+        if let Some(ip) = judge::tunnel(&Bytes::new(&sample.bytes), &told, None) {
+            let packed = judge::outer(&Bytes::new(&sample.bytes), &told, &ip);
+            prop_assert_eq!(Packed::from_bits(packed.to_bits()).outcome(), uplink_told(&sample.bytes, &told).unwrap());
+            match packed.outcome() {
+                Outcome::Judged(finding) => {
+                    prop_assert_eq!(packed.is_anomaly(), finding.verdict.is_anomaly());
+                    prop_assert_eq!(packed.number(), finding.verdict as u8);
+                    prop_assert_eq!(packed.has_expected().then_some(packed.expected()), finding.expected);
+                }
+                Outcome::Unverified(reason) => prop_assert_eq!((packed.is_anomaly(), packed.number()), (false, reason as u8)),
             }
         }
     }

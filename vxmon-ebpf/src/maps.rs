@@ -2,12 +2,12 @@
 
 use aya_ebpf::{
     macros::map,
-    maps::{Array, LruHashMap, PerCpuArray, RingBuf},
+    maps::{LruHashMap, PerCpuArray, RingBuf},
 };
 use vxmon_common::{
     config::{
-        Config, Device, FLOWS as MAX_FLOWS, PORTS as PORT_TABLE, RING, SLOTS as MAX_SLOTS, SLOTS_TABLE,
-        STORIES as MAX_STORIES, WINDOW,
+        Config, Device, FLOWS as MAX_FLOWS, PORTS as PORT_TABLE, RING, SLOTS, SLOTS_TABLE, STORIES as MAX_STORIES,
+        WINDOW,
     },
     conntrack::Endpoints,
     counters::Counters,
@@ -48,18 +48,44 @@ pub fn setting(of: impl Fn(&'static Config) -> &'static u32) -> u32 {
     unsafe { core::ptr::read_volatile(of(&CONFIG)) }
 }
 
-/// See [`vxmon_common::config::PORTS_MAP`].
-#[map]
-pub static PORTS: Array<[u8; PORT_TABLE]> = Array::with_max_entries(1, 0);
+/// See [`vxmon_common::config::PORTS_MAP`]. This and the next two are written by the daemon alone, a byte or a device at a
+/// time as far as the program can see.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = ".bss.ports")]
+static mut PORTS: [u8; PORT_TABLE] = [0; PORT_TABLE];
 /// See [`vxmon_common::config::SLOTS_MAP`].
-#[map]
-pub static SLOTS: Array<[u8; SLOTS_TABLE]> = Array::with_max_entries(1, 0);
+#[unsafe(no_mangle)]
+#[unsafe(link_section = ".bss.slots")]
+static mut INDEXES: [u8; SLOTS_TABLE] = [0; SLOTS_TABLE];
 /// See [`vxmon_common::config::DEVICES_MAP`].
-#[map]
-pub static DEVICES: Array<Device> = Array::with_max_entries(MAX_SLOTS, 0);
+#[unsafe(no_mangle)]
+#[unsafe(link_section = ".bss.devices")]
+static mut DEVICES: [Device; SLOTS as usize] = [Device { ifindex: 0, flags: 0, above: [0; 2] }; SLOTS as usize];
+
+/// What is known of a UDP port (memory order): see [`vxmon_common::config::port_flag`].
+#[inline(always)]
+pub fn port_flags(port: u16) -> u8 {
+    // SAFETY: the table has an entry for each u16. Volatile: the daemon writes what the compiler takes for constant.
+    unsafe { (&raw const PORTS).cast::<u8>().add(port as usize).read_volatile() }
+}
+
+/// The entry of the device with this index, see [`vxmon_common::config::slot_bits`]; 0: not watched.
+#[inline(always)]
+pub fn slot_entry(ifindex: u32) -> u8 {
+    // SAFETY: as above.
+    unsafe { (&raw const INDEXES).cast::<u8>().add(ifindex as u16 as usize).read_volatile() }
+}
+
+/// The device in a slot, to be read field by field.
+#[inline(always)]
+pub fn device(slot: u32) -> *const Device {
+    const { assert!(SLOTS.is_power_of_two()) };
+    // SAFETY: within the table.
+    unsafe { (&raw const DEVICES).cast::<Device>().add((slot & (SLOTS - 1)) as usize) }
+}
 /// See [`vxmon_common::config::COUNTERS_MAP`].
 #[map]
-pub static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(MAX_SLOTS, 0);
+pub static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(SLOTS, 0);
 /// See [`vxmon_common::config::FLOWS_MAP`].
 #[map]
 pub static FLOWS: LruHashMap<FlowKey, FlowCount> = LruHashMap::with_max_entries(MAX_FLOWS, 0);

@@ -1,14 +1,14 @@
 //! The skb's own fields that `__sk_buff` does not show.
 //!
-//! The context pointer is the `struct sk_buff` pointer, so any field can be read by `bpf_probe_read_kernel()` at an
-//! offset that the daemon took from BTF. One read fetches a window with all that the judge needs; the conntrack entry
-//! is read only for a packet found wrong.
+//! The context pointer is the `struct sk_buff` pointer, so any field can be read at an offset that the daemon took from BTF:
+//! directly where the kernel can tell the verifier what the pointer is (6.2), by `bpf_probe_read_kernel()` elsewhere. The
+//! conntrack entry is read only for a packet found wrong.
 
 use core::mem::MaybeUninit;
 
 use aya_ebpf::{bindings::__sk_buff, helpers::generated::bpf_probe_read_kernel};
 use vxmon_common::{
-    config::WINDOW,
+    config::{WINDOW, skb_access},
     conntrack::Tuple,
     judge::{Skb, State},
 };
@@ -32,34 +32,74 @@ unsafe fn read<T>(address: usize) -> Option<T> {
     unsafe { if read_into(value.as_mut_ptr(), address) { Some(value.assume_init()) } else { None } }
 }
 
-/// Reads what the skb says of its checksum. Not a function of its own: the return from one is dear where the kernel guards
-/// it against speculation. So the window is in a map, for the stack (512 bytes in all, MAX_BPF_STACK) has no room.
+/// Reads what the skb says of its checksum: in place where the kernel lets the program follow the pointer, by a copy of the
+/// window otherwise.
 #[inline(always)]
 pub fn skb(skb: *mut __sk_buff) -> Skb {
-    if setting(|config| &config.has_skb) == 0 {
-        return Skb::UNKNOWN;
+    let start = setting(|config| &config.window_start) as usize;
+    match setting(|config| &config.has_skb) {
+        skb_access::CAST => {
+            // SAFETY: the verifier has checked each field that is read at these offsets against the kernel's BTF.
+            unsafe { fields(skb, cast_to_kern_ctx(skb).add(start)) }
+        }
+        skb_access::COPY => match window(skb, start) {
+            // SAFETY: every offset was checked by the daemon to lie in the window with its field, and the verifier, which
+            // knows their values, checks it again.
+            Some(window) => unsafe { fields(skb, window) },
+            None => Skb::UNKNOWN,
+        },
+        _ => Skb::UNKNOWN,
     }
-    let Some(window) = SKB_WINDOW.get_ptr_mut(0) else {
-        return Skb::UNKNOWN;
-    };
-    let window = window.cast::<u8>();
+}
+
+/// The kernel function `bpf_cast_to_kern_ctx()` (kernel/bpf/helpers.c, since 6.2): the same pointer, which may be followed
+/// now. The verifier makes a plain move of it. The library has no calls of kernel functions, so the daemon writes the
+/// function's number into the object in place of [`CAST`].
+#[inline(always)]
+fn cast_to_kern_ctx(skb: *mut __sk_buff) -> *const u8 {
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: as any call: r1 is the argument, r0 the result, r1 to r5 are lost.
+    unsafe {
+        let kernel: *const u8;
+        core::arch::asm!(
+            "call {cast}",
+            cast = const vxmon_common::config::CAST,
+            inlateout("r1") skb => _,
+            lateout("r0") kernel,
+            lateout("r2") _,
+            lateout("r3") _,
+            lateout("r4") _,
+            lateout("r5") _,
+        );
+        kernel
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    {
+        skb.cast_const().cast() // Never run: other targets only check this crate.
+    }
+}
+
+/// Copies the part of the skb that holds its fields. Not a function of its own: the return from one is dear where the kernel
+/// guards it against speculation. So the copy is in a map, for the stack (512 bytes in all, MAX_BPF_STACK) has no room.
+#[inline(always)]
+fn window(skb: *mut __sk_buff, start: usize) -> Option<*const u8> {
+    let window = SKB_WINDOW.get_ptr_mut(0)?.cast::<u8>();
     let len = setting(|config| &config.window_len);
     if len > WINDOW as u32 {
-        return Skb::UNKNOWN;
+        return None;
     }
     // SAFETY: the window has room for `len` bytes; the helper checks the address.
-    let failed = unsafe {
-        bpf_probe_read_kernel(
-            window.cast(),
-            len,
-            (skb as usize + setting(|config| &config.window_start) as usize) as *const _,
-        )
-    };
-    if failed != 0 {
-        return Skb::UNKNOWN;
-    }
-    // SAFETY: every offset was checked by the daemon to lie in the window with its field, and the verifier, which knows
-    // their values, checks it again.
+    let failed = unsafe { bpf_probe_read_kernel(window.cast(), len, (skb as usize + start) as *const _) };
+    (failed == 0).then_some(window.cast_const())
+}
+
+/// The fields at their offsets in the window.
+///
+/// # Safety
+/// The window must hold all of them.
+#[inline(always)]
+unsafe fn fields(skb: *mut __sk_buff, window: *const u8) -> Skb {
+    // SAFETY: by the caller; __sk_buff is the program's context.
     unsafe {
         let at = |offset: u32| window.add(offset as usize);
         let state = State::from_ip_summed(
@@ -67,7 +107,6 @@ pub fn skb(skb: *mut __sk_buff) -> Skb {
         );
         let head = *at(setting(|config| &config.head)).cast::<u64>();
         let headroom = (*at(setting(|config| &config.data)).cast::<u64>()).wrapping_sub(head) as u32;
-        // SAFETY: __sk_buff is the program's context.
         let gso_size = (*skb).gso_size;
         let gso_type = if gso_size > 0 {
             let shared_info = head as usize + *at(setting(|config| &config.end)).cast::<u32>() as usize;

@@ -12,7 +12,7 @@ use vxmon_common::{
     config::REPEAT_INTERVAL_NS,
     conntrack::{Endpoints, Nat, Rewrite, cause},
     event::{Event, FlowCount, HEAD, event_flag, role},
-    judge::{Finding, State, Verdict},
+    judge::{Packed, State, Verdict},
     packet::{self, Ip, Packet, proto},
 };
 
@@ -41,7 +41,7 @@ pub struct Case {
     /// IP header of the judged packet.
     pub ip: Ip,
     /// What the judge found.
-    pub finding: Finding,
+    pub outcome: Packed,
     /// What [`story::vxmon_connection`] said of the packet.
     pub connection: u64,
 }
@@ -69,9 +69,9 @@ pub extern "C" fn vxmon_report(skb: *mut __sk_buff) -> u64 {
 
 #[inline(always)]
 fn report(skb: *mut __sk_buff, case: &Case) -> bool {
-    let Case { slot, role, bare, ip, finding, connection } = case;
+    let Case { slot, role, bare, ip, outcome, connection } = case;
     let (role, bare) = (*role, *bare);
-    let is_anomaly = finding.verdict.is_anomaly();
+    let is_anomaly = outcome.is_anomaly();
     let awaited = if is_anomaly { None } else { story::awaited(*connection) };
     if !is_anomaly && awaited.is_none() {
         return false;
@@ -101,9 +101,9 @@ fn report(skb: *mut __sk_buff, case: &Case) -> bool {
             None => Nat::None,
         },
     };
-    let cause = cause(finding, if role == role::UPLINK { &nat } else { &Nat::None });
+    let cause = cause(&outcome.finding(), if role == role::UPLINK { &nat } else { &Nat::None });
     if is_anomaly {
-        tally.verdict(cause.verdict);
+        tally.verdict(cause.verdict as u8);
     }
 
     // SAFETY: a helper without arguments.
@@ -145,7 +145,7 @@ fn report(skb: *mut __sk_buff, case: &Case) -> bool {
     };
     let event = entry.as_mut_ptr();
     let mut flags = 0;
-    let state = finding.skb;
+    let state = meta::skb(skb);
     // SAFETY: the reserved entry has room for an event; the context is valid.
     unsafe {
         (*event).time_ns = now;
@@ -163,14 +163,11 @@ fn report(skb: *mut __sk_buff, case: &Case) -> bool {
         }
         (*event).l3 = ip.l3;
         (*event).l4 = ip.l4;
-        (*event).seen = finding.seen;
-        (*event).expected = match finding.expected {
-            Some(expected) => {
-                flags |= event_flag::EXPECTED;
-                expected
-            }
-            None => 0,
-        };
+        (*event).seen = outcome.seen();
+        (*event).expected = outcome.expected();
+        if outcome.has_expected() {
+            flags |= event_flag::EXPECTED;
+        }
         (*event).predicted = match cause.predicted {
             Some(predicted) => {
                 flags |= event_flag::PREDICTED;

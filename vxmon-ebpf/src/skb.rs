@@ -16,7 +16,8 @@ use aya_ebpf::{
 };
 use vxmon_common::{
     checksum::Sum,
-    packet::{ETHERNET, Ip, Packet, Stop, UDP, VXLAN, ethertype, ip},
+    judge::{Datagram, GLANCE, Packed},
+    packet::{ETHERNET, Ip, OFFSET_MASK, Packet, Stop, UDP, VXLAN, ethertype, ip},
 };
 
 use crate::maps::{COPY, COPY_LEN, setting};
@@ -64,6 +65,22 @@ impl SkbPacket {
         }
     }
 
+    /// The first bytes of the packet, if they are in the linear part: enough for [`vxmon_common::judge::glance`].
+    #[inline(always)]
+    pub fn head(&self) -> Option<Piece> {
+        let (data, end) = self.bounds();
+        let is_there = opaque(data + GLANCE as usize) <= end;
+        is_there.then_some(Piece { data: data as *const u8, at: 0, len: GLANCE })
+    }
+
+    /// The same IP header, of which the verifier knows no more than of one that was walked through, so that what follows need
+    /// not be verified once more.
+    #[inline(always)]
+    pub fn as_walked(&self, ip: Ip) -> Ip {
+        let forget = |offset: u32| forget(self.skb, offset) & OFFSET_MASK;
+        Ip { l4: forget(ip.l4), end: forget(ip.end), ..ip }
+    }
+
     /// Where `len` bytes at `at` lie, if they are in the linear part.
     #[inline(always)]
     fn linear(&self, at: u32, len: u32) -> Option<*const u8> {
@@ -97,7 +114,7 @@ impl SkbPacket {
 /// The same number or pointer, its origin hidden from the compiler: it would turn `start + 1 > end` into `start >= end`,
 /// from which the verifier does not learn that a byte can be read, or compare one copy of an offset and use another.
 #[inline(always)]
-fn opaque(mut pointer: usize) -> usize {
+pub fn opaque(mut pointer: usize) -> usize {
     #[cfg(target_arch = "bpf")]
     // SAFETY: moves a register to itself. (No instruction at all would leave two line entries for one place in the
     // object, which the kernel refuses.)
@@ -206,7 +223,7 @@ impl Packet for SkbPacket {
 const IPV4_HEADER: u32 = 20;
 
 /// A few bytes of the linear part, which the verifier knows to be there: all reads are at constant offsets in it.
-struct Piece {
+pub struct Piece {
     data: *const u8,
     at: u32,
     len: u32,
@@ -254,6 +271,21 @@ impl Packet for Piece {
 #[inline(never)]
 pub extern "C" fn vxmon_ip(skb: *mut __sk_buff, ethertype: u32, l3: u32) -> u64 {
     Ip::pack(ip(&SkbPacket::new(skb), ethertype as u16, l3))
+}
+
+/// Judges a datagram without knowing which row of the judge's table applies; see [`Datagram::pack`]. A global function, as
+/// [`vxmon_ip`] is.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn vxmon_any(skb: *mut __sk_buff, datagram: u64, pseudo: u64, sum_payload: u32) -> u64 {
+    let datagram = Datagram::unpack(datagram, Sum::from_bits(pseudo));
+    datagram.any_reading(&SkbPacket::new(skb), sum_payload != 0).to_bits()
+}
+
+/// [`vxmon_any`] for [`vxmon_common::judge::Surroundings::any_reading`].
+#[inline(always)]
+pub fn any_reading(skb: *mut __sk_buff, datagram: &Datagram, sum_payload: bool) -> Packed {
+    Packed::from_bits(vxmon_any(skb, datagram.pack(), datagram.pseudo().to_bits(), sum_payload.into()))
 }
 
 /// Returned instead of a sum, and still recognised after sums were added; no sum of 64 KiB gets near it.

@@ -2,10 +2,7 @@
 
 use core::hint::black_box;
 
-use vxmon_common::{
-    counters::Counters,
-    judge::{Reason, Verdict},
-};
+use vxmon_common::counters::Counters;
 
 use crate::maps::COUNTERS;
 
@@ -44,22 +41,23 @@ impl Tally {
         lost_ring
     }
 
-    /// Counts a verdict.
+    /// Counts a verdict, by its number.
     #[inline(always)]
-    pub fn verdict(&self, verdict: Verdict) {
+    pub fn verdict(&self, verdict: u8) {
         // SAFETY: as above.
-        unsafe { add_one(&mut (*self.0).verdicts, verdict as usize) }
+        unsafe { add_one(&mut (*self.0).verdicts, verdict.into()) }
     }
 
-    /// Counts a packet that could not be judged.
+    /// Counts a packet that could not be judged, by the number of the reason.
     #[inline(always)]
-    pub fn unverified(&self, reason: Reason) {
+    pub fn unverified(&self, reason: u8) {
         // SAFETY: as above.
-        unsafe { add_one(&mut (*self.0).unverified, reason as usize) }
+        unsafe { add_one(&mut (*self.0).unverified, reason.into()) }
     }
 }
 
-/// Adds one to the counter with this index, which the compiler knows to be in bounds and the verifier does not.
+/// Adds one to the counter with this index. That it is in bounds is to be checked even if the compiler knows it, for the
+/// verifier does not.
 #[inline(always)]
 fn add_one<const N: usize>(counters: &mut [u64; N], index: usize) {
     if let Some(counter) = counters.get_mut(black_box(index)) {

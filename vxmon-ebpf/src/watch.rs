@@ -2,17 +2,17 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use vxmon_common::{
-    config::{Device, device_flag, port_flag},
+    config::{device_flag, port_flag, slot_bits},
     event::role,
-    judge::{self, Found, Outcome, Skb, Surroundings},
+    judge::{self, Datagram, Glance, Packed, Skb, Surroundings},
     packet::{Family, Ip, Packet},
 };
 
 use crate::{
-    maps::{DEVICES, PASSED, PORTS, Passed, SLOTS, setting},
+    maps::{self, PASSED, Passed, port_flags, setting, slot_entry},
     meta,
     report::{self, Case},
-    skb::SkbPacket,
+    skb::{self, SkbPacket, opaque},
     story,
     tally::Tally,
 };
@@ -20,18 +20,20 @@ use crate::{
 /// A device's slot, and its counters on this CPU.
 struct Watched {
     slot: u32,
+    /// Its packets have no Ethernet header.
+    is_bare: bool,
     tally: Tally,
 }
 
 #[inline(always)]
 fn watched(skb: *mut __sk_buff) -> Option<Watched> {
-    // SAFETY: the context is valid; the table has an entry for each u16.
-    let slot = unsafe { *SLOTS.get_ptr(0)?.cast::<u8>().add((*skb).ifindex as u16 as usize) };
-    let slot = u32::from(slot);
-    if slot == 0 {
+    // SAFETY: the context is valid.
+    let entry = opaque(slot_entry(unsafe { (*skb).ifindex }).into());
+    if entry == 0 {
         return None;
     }
-    Some(Watched { slot, tally: Tally::of(slot)? })
+    let slot = entry as u32 & u32::from(slot_bits::SLOT);
+    Some(Watched { slot, is_bare: entry > slot_bits::SLOT.into(), tally: Tally::of(slot)? })
 }
 
 /// Surroundings of a packet in the kernel: maps, globals and the skb itself.
@@ -40,27 +42,24 @@ pub struct Kernel {
 }
 
 impl Kernel {
+    /// Those of this packet.
     #[inline(always)]
-    fn port(port: u16) -> u8 {
-        match PORTS.get_ptr(0) {
-            // SAFETY: the table has an entry for each u16.
-            Some(table) => unsafe { *table.cast::<u8>().add(port as usize) },
-            None => 0,
-        }
+    pub fn of(skb: *mut __sk_buff) -> Self {
+        Self { skb }
     }
 }
 
 impl Surroundings for Kernel {
     #[inline(always)]
     fn is_tunnel_port(&self, port: u16) -> bool {
-        Self::port(port) & port_flag::TUNNEL != 0
+        port_flags(port) & port_flag::TUNNEL != 0
     }
     #[inline(always)]
     fn zero_over_ipv6_is_wrong(&self, port: u16) -> bool {
         // What comes from elsewhere (a bridged or routed guest's own tunnel) is not this node's to leave out or not; the
         // tunnel clears skb_iif of what it makes (skb_scrub_packet(), net/core/skbuff.c).
         // SAFETY: the context is valid.
-        Self::port(port) & port_flag::NO_ZERO_IPV6 != 0 && unsafe { (*self.skb).ingress_ifindex } == 0
+        port_flags(port) & port_flag::NO_ZERO_IPV6 != 0 && unsafe { (*self.skb).ingress_ifindex } == 0
     }
     #[inline(always)]
     fn skb(&self) -> Skb {
@@ -72,76 +71,87 @@ impl Surroundings for Kernel {
         // SAFETY: a helper without arguments.
         sample <= 1 || unsafe { aya_ebpf::helpers::generated::bpf_get_prandom_u32() } % sample == 0
     }
+    #[inline(always)]
+    fn any_reading<P: Packet>(&self, _: &P, datagram: &Datagram) -> Packed {
+        skb::any_reading(self.skb, datagram, self.sum_payload())
+    }
 }
 
 #[inline(always)]
-fn bare_ethertype(skb: *mut __sk_buff, device: &Device) -> Option<u16> {
-    // SAFETY: the context is valid.
-    (device.flags & device_flag::BARE != 0).then(|| unsafe { (*skb).protocol as u16 })
+fn bare_ethertype(skb: *mut __sk_buff, watched: &Watched) -> Option<u16> {
+    // SAFETY: the context is valid. Volatile, so that it is read whether it counts or not: the compiler may carry along what
+    // it has not set, and the verifier refuses that.
+    let protocol = unsafe { (&raw const (*skb).protocol).read_volatile() } as u16;
+    watched.is_bare.then_some(protocol)
 }
 
 /// An uplink's packet.
 #[inline(always)]
-pub fn uplink(skb: *mut __sk_buff) -> Option<()> {
+pub fn uplink<S: Surroundings>(skb: *mut __sk_buff, surroundings: &S) -> Option<()> {
     let watched = watched(skb)?;
-    // SAFETY: a value of the map, and only read.
-    let device = unsafe { &*DEVICES.get_ptr(watched.slot)? };
     let packet = SkbPacket::new(skb);
-    let bare = bare_ethertype(skb, device);
-    let surroundings = Kernel { skb };
-    let Some(ip) = judge::tunnel(&packet, &surroundings, bare) else {
+    // Most packets end here.
+    let glance = match packet.head() {
+        Some(head) if !watched.is_bare => judge::glance(&head, surroundings),
+        _ => Glance::Unclear,
+    };
+    let bare = bare_ethertype(skb, &watched);
+    let ip = match glance {
+        Glance::Other => None,
+        Glance::Tunnel(ip) => Some(packet.as_walked(ip)),
+        Glance::Unclear => judge::tunnel(&packet, surroundings, bare),
+    };
+    let Some(ip) = ip else {
         watched.tally.other();
         return Some(());
     };
-    if counted_above(&packet, &ip, device, watched.slot) {
+    if counted_above(&packet, &ip, watched.slot) {
         watched.tally.counted_above();
         return Some(());
     }
-    let outcome = judge::outer(&packet, &surroundings, &ip);
-    settle(skb, &watched, device, &Found { ip, outcome }, role::UPLINK, bare);
+    let outcome = judge::outer(&packet, surroundings, &ip);
+    settle(skb, &watched, &ip, outcome, role::UPLINK, bare);
     Some(())
 }
 
 /// A frame that enters a VXLAN device.
 #[inline(always)]
-pub fn vxlan(skb: *mut __sk_buff) -> Option<()> {
+pub fn vxlan<S: Surroundings>(skb: *mut __sk_buff, surroundings: &S) -> Option<()> {
     let watched = watched(skb)?;
-    // SAFETY: a value of the map, and only read.
-    let device = unsafe { &*DEVICES.get_ptr(watched.slot)? };
     let packet = SkbPacket::new(skb);
-    let bare = bare_ethertype(skb, device);
-    match judge::vxlan_device(&packet, &Kernel { skb }, bare) {
-        Some(found) => settle(skb, &watched, device, &found, role::VXLAN, bare),
+    let bare = bare_ethertype(skb, &watched);
+    match judge::frame(&packet, surroundings, bare) {
+        Some((ip, outcome)) => settle(skb, &watched, &ip, outcome, role::VXLAN, bare),
         None => watched.tally.other(),
     }
     Some(())
 }
 
 #[inline(always)]
-fn settle(skb: *mut __sk_buff, watched: &Watched, device: &Device, found: &Found, role: u8, bare: Option<u16>) {
-    match found.outcome {
-        Outcome::Other => watched.tally.other(),
-        Outcome::Unverified(reason) => watched.tally.unverified(reason),
-        Outcome::Judged(finding) => {
-            if !finding.verdict.is_anomaly() {
-                watched.tally.verdict(finding.verdict);
-                if device.flags & device_flag::FOLLOW == 0 {
-                    return;
-                }
-            }
-            let ip = found.ip;
-            let connection = story::vxmon_connection(skb, Ip::pack(Ok(ip)), ip.l3, u32::from(role));
-            report::note(Case { slot: watched.slot, role, bare, ip, finding, connection });
-            report::vxmon_report(skb);
+fn settle(skb: *mut __sk_buff, watched: &Watched, ip: &Ip, outcome: Packed, role: u8, bare: Option<u16>) {
+    if !outcome.is_judged() {
+        watched.tally.unverified(outcome.number());
+        return;
+    }
+    if !outcome.is_anomaly() {
+        watched.tally.verdict(outcome.number());
+        // SAFETY: an entry of the table, and only read.
+        if unsafe { (*maps::device(watched.slot)).flags } & device_flag::FOLLOW == 0 {
+            return;
         }
     }
+    let connection = story::vxmon_connection(skb, Ip::pack(Ok(*ip)), ip.l3, u32::from(role));
+    report::note(Case { slot: watched.slot, role, bare, ip: *ip, outcome, connection });
+    report::vxmon_report(skb);
 }
 
 /// Whether a device stacked on this one has counted the packet already. Stacked devices (VLAN, bond, bridge, macvlan)
 /// hand a packet down within one call, on one CPU, so the upper one leaves a note that the next one finds. The note goes
 /// at the lowest device, so that it cannot hide another packet.
 #[inline(always)]
-fn counted_above(packet: &SkbPacket, ip: &Ip, device: &Device, slot: u32) -> bool {
+fn counted_above(packet: &SkbPacket, ip: &Ip, slot: u32) -> bool {
+    // SAFETY: an entry of the table, and only read.
+    let device = unsafe { &*maps::device(slot) };
     let has_lower = device.flags & device_flag::HAS_LOWER != 0;
     if !has_lower && device.above[0] | device.above[1] == 0 {
         return false;

@@ -13,8 +13,16 @@ use aya::{
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use nix::time::{ClockId, clock_gettime};
-use vxmon::source::{btf::Layout, object, tc::Table as Bytes};
-use vxmon_common::config::{self, Config, Device, port_flag};
+use vxmon::source::{
+    btf::Layout,
+    object::{self, Object},
+    tc::Table as Bytes,
+};
+use vxmon_common::{
+    config::{self, Config, Device, Devices, port_flag, skb_access},
+    judge::{self, Finding, Outcome, Skb, State, Surroundings},
+    packet::Bytes as PacketBytes,
+};
 use vxmon_tests::traffic::{Frame, OuterSum};
 
 use crate::table::{Limit, Table, median};
@@ -29,6 +37,8 @@ const LOOPBACK: u32 = 1;
 const PORT: u16 = 8472;
 /// Offsets in a VXLAN packet over IPv4: inner IP header, and inner UDP header.
 const INNER_L4: u32 = 14 + 20 + 8 + 8 + 14 + 20;
+/// Offset of the outer checksum.
+const OUTER_CHECK: usize = 14 + 20 + 6;
 /// In cb[0] of the test programs: CHECKSUM_PARTIAL, and read the skb's metadata as the daemon's program does.
 const PARTIAL_AND_READ: u32 = 3 | 1 << 9;
 
@@ -37,19 +47,30 @@ pub fn measure(table: &mut Table) -> Result<()> {
     loading(table)
 }
 
+/// What the program may use of the kernel.
+enum Variant {
+    /// Everything.
+    WholeMtu,
+    /// `bpf_csum_diff()` takes only 512 bytes.
+    Chunks,
+    /// The skb's metadata has to be copied.
+    Copied,
+}
+
 struct Case {
     what: &'static str,
     limit: Limit,
     program: &'static str,
-    short_chunks: bool,
+    object: Variant,
     packet: Vec<u8>,
     cb: [u32; 5],
 }
 
 fn costs(table: &mut Table) -> Result<()> {
     let layout = Layout::detect();
-    let whole_mtu = load(Config { csum_chunk: 4096, ..layout.config })?;
-    let chunks = load(Config { csum_chunk: 512, ..layout.config })?;
+    let whole_mtu = load(&layout, Config { csum_chunk: 4096, ..layout.config })?;
+    let chunks = load(&layout, Config { csum_chunk: 512, ..layout.config })?;
+    let copied = load(&layout, Config { csum_chunk: 4096, has_skb: skb_access::COPY, ..layout.config })?;
     let (cases, small) = (cases(), vxlan(18, OuterSum::Right));
 
     let mut empty = Vec::new();
@@ -57,7 +78,11 @@ fn costs(table: &mut Table) -> Result<()> {
     for round in 0..=ROUNDS {
         let nothing = run(&whole_mtu, "empty", &small, [0; 5])?;
         for (case, added) in cases.iter().zip(&mut added) {
-            let object = if case.short_chunks { &chunks } else { &whole_mtu };
+            let object = match case.object {
+                Variant::WholeMtu => &whole_mtu,
+                Variant::Chunks => &chunks,
+                Variant::Copied => &copied,
+            };
             let time = run(object, case.program, &case.packet, case.cb)?;
             // The first one warms up.
             if round > 0 {
@@ -83,7 +108,7 @@ fn cases() -> Vec<Case> {
         what,
         limit: Limit::AtMost(limit),
         program: "whole_uplink",
-        short_chunks: false,
+        object: Variant::WholeMtu,
         packet,
         cb: [0; 5],
     };
@@ -99,14 +124,25 @@ fn cases() -> Vec<Case> {
         whole("other traffic: UDP to another port", 5.0, dns),
         whole("header only: no checksum (zero)", 25.0, vxlan(1500 - 78, OuterSum::Zero)),
         Case {
-            what: "header only: Local Checksum Offload (judge and metadata)",
-            program: "judge_uplink",
+            what: "header only: Local Checksum Offload",
+            program: "whole_uplink_told",
+            packet: lco(),
+            cb: [PARTIAL_AND_READ, INNER_L4, 6, 0, 0],
+            ..whole("", 25.0, Vec::new())
+        },
+        Case {
+            what: "header only: LCO, metadata copied (before 6.2)",
+            program: "whole_uplink_told",
+            object: Variant::Copied,
             packet: lco(),
             cb: [PARTIAL_AND_READ, INNER_L4, 6, 0, 0],
             ..whole("", 25.0, Vec::new())
         },
         whole("full sum of 1500 bytes, linear", 80.0, mtu()),
-        Case { short_chunks: true, ..whole("full sum of 1500 bytes, as before 6.13 (512 at a time)", 80.0, mtu()) },
+        Case {
+            object: Variant::Chunks,
+            ..whole("full sum of 1500 bytes, as before 6.13 (512 at a time)", 80.0, mtu())
+        },
     ]
 }
 
@@ -115,20 +151,39 @@ fn vxlan(payload: usize, sum: OuterSum) -> Vec<u8> {
     Frame { sum, inner: Frame::inner_udp(&vec![0x5a; payload]), dport: PORT, ..Frame::default() }.bytes()
 }
 
-/// One whose inner checksum is left to the device. The judge takes whatever stands in that field for its final
-/// complement, so that any value costs the same, right or wrong.
+/// One whose inner checksum is left to the device, and whose outer one is right for that.
 fn lco() -> Vec<u8> {
-    vxlan(1500 - 78, OuterSum::Right)
+    struct Partial;
+    impl Surroundings for Partial {
+        fn is_tunnel_port(&self, _: u16) -> bool {
+            true
+        }
+        fn zero_over_ipv6_is_wrong(&self, _: u16) -> bool {
+            false
+        }
+        fn skb(&self) -> Skb {
+            Skb { state: State::Partial, csum_start: INNER_L4, csum_offset: 6, gso_size: 0, gso_type: 0 }
+        }
+        fn sum_payload(&self) -> bool {
+            true
+        }
+    }
+    let mut packet = vxlan(1500 - 78, OuterSum::Right);
+    let found = judge::uplink(&PacketBytes::new(&packet), &Partial, None).map(|found| found.outcome);
+    if let Some(Outcome::Judged(Finding { expected: Some(expected), .. })) = found {
+        packet[OUTER_CHECK..OUTER_CHECK + 2].copy_from_slice(&expected.to_ne_bytes());
+    }
+    packet
 }
 
-fn load(config: Config) -> Result<Ebpf> {
+fn load(layout: &Layout, config: Config) -> Result<Ebpf> {
     let mut ebpf = EbpfLoader::new()
         .btf(None)
-        .verifier_log_level(VerifierLogLevel::DISABLE)
+        .verifier_log_level(VerifierLogLevel::STATS)
         .override_global(config::CONFIG, &config, true)
-        .load(object::TEST)
+        .load(Object::new(object::TEST, layout.cast).bytes())
         .context("cannot load the test object")?;
-    for name in ["empty", "whole_uplink", "judge_uplink"] {
+    for name in ["empty", "whole_uplink", "whole_uplink_told"] {
         program(&mut ebpf, name)?.load().with_context(|| format!("the kernel refused {name}"))?;
     }
     let mut slots = Box::new(Bytes([0; 1 << 16]));
@@ -138,7 +193,9 @@ fn load(config: Config) -> Result<Ebpf> {
     ports.0[usize::from(PORT.to_be())] = port_flag::TUNNEL;
     Array::<_, Bytes>::try_from(ebpf.map_mut(config::PORTS_MAP).context("no ports")?)?.set(0, *ports, 0)?;
     let device = Device { ifindex: LOOPBACK, ..Device::default() };
-    Array::<_, Device>::try_from(ebpf.map_mut(config::DEVICES_MAP).context("no devices")?)?.set(1, device, 0)?;
+    let mut devices = Devices([Device::default(); config::SLOTS as usize]);
+    devices.0[1] = device;
+    Array::<_, Devices>::try_from(ebpf.map_mut(config::DEVICES_MAP).context("no devices")?)?.set(0, devices, 0)?;
     Ok(ebpf)
 }
 
@@ -175,7 +232,8 @@ fn loading(table: &mut Table) -> Result<()> {
     table.line("offsets from the kernel's BTF", ms(start), "ms", "", Limit::None);
     let start = Instant::now();
     let config = Config { csum_chunk: 4096, ..layout.config };
-    let mut ebpf = EbpfLoader::new().btf(None).override_global(config::CONFIG, &config, true).load(object::MAIN)?;
+    let object = Object::new(object::MAIN, layout.cast);
+    let mut ebpf = EbpfLoader::new().btf(None).override_global(config::CONFIG, &config, true).load(object.bytes())?;
     table.line("object and maps", ms(start), "ms", "", Limit::None);
     for name in [config::UPLINK_PROGRAM, config::VXLAN_PROGRAM] {
         let start = Instant::now();

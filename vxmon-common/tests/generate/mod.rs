@@ -281,7 +281,7 @@ impl Sample {
         let inner = self.inner.filter(|_| !self.shape.gpe)?;
         let place = Place { l3: inner.l3 - at, l4: inner.l4 - at, end: inner.end - at, ..inner };
         let mut skb = if self.shape.row.inner_pending() {
-            Skb { csum_start: self.skb.csum_start - at as u32, gso_type: 0, ..self.skb }
+            Skb { csum_start: self.skb.csum_start.wrapping_sub(at as u32), gso_type: 0, ..self.skb }
         } else {
             Skb { state: State::None, ..Skb::UNKNOWN }
         };

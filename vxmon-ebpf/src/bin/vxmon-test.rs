@@ -18,17 +18,23 @@ use aya_ebpf::{
 };
 use vxmon_common::{
     config::port_flag,
-    judge::{self, Found, Outcome, Skb, State, Surroundings},
-    packet::Ip,
+    judge::{self, Datagram, Packed, Skb, State, Surroundings},
+    packet::{Ip, Packet},
 };
-use vxmon_ebpf::{TC_ACT_UNSPEC, maps::PORTS, meta, skb::SkbPacket, watch};
+use vxmon_ebpf::{
+    TC_ACT_UNSPEC,
+    maps::port_flags,
+    meta,
+    skb::{self, SkbPacket},
+    watch,
+};
 
 /// In `cb[0]`: payloads are not summed.
 const NO_PAYLOAD: u32 = 1 << 8;
 /// In `cb[0]`: read the real metadata too, so that its cost is in the measurement.
 const READ_SKB: u32 = 1 << 9;
 
-/// What the judge said last: kind (0 not one to judge, 1 other, 2 unverified, 3 judged), number of the reason or the
+/// What the judge said last: kind (0 not one to judge, 2 unverified, 3 judged), number of the reason or the
 /// verdict, field seen, field expected (memory order), whether one is expected, offset of the L4 header.
 #[map]
 static RESULT: Array<[u32; 6]> = Array::with_max_entries(1, 0);
@@ -43,24 +49,16 @@ impl HandedIn {
         // SAFETY: the context is valid.
         unsafe { (*self.skb).cb[n] }
     }
-    #[inline(always)]
-    fn port(port: u16) -> u8 {
-        match PORTS.get_ptr(0) {
-            // SAFETY: the table has an entry for each u16.
-            Some(table) => unsafe { *table.cast::<u8>().add(port as usize) },
-            None => 0,
-        }
-    }
 }
 
 impl Surroundings for HandedIn {
     #[inline(always)]
     fn is_tunnel_port(&self, port: u16) -> bool {
-        Self::port(port) & port_flag::TUNNEL != 0
+        port_flags(port) & port_flag::TUNNEL != 0
     }
     #[inline(always)]
     fn zero_over_ipv6_is_wrong(&self, port: u16) -> bool {
-        Self::port(port) & port_flag::NO_ZERO_IPV6 != 0
+        port_flags(port) & port_flag::NO_ZERO_IPV6 != 0
     }
     #[inline(always)]
     fn skb(&self) -> Skb {
@@ -83,6 +81,10 @@ impl Surroundings for HandedIn {
     fn sum_payload(&self) -> bool {
         self.cb(0) & NO_PAYLOAD == 0
     }
+    #[inline(always)]
+    fn any_reading<P: Packet>(&self, _: &P, datagram: &Datagram) -> Packed {
+        skb::any_reading(self.skb, datagram, self.sum_payload())
+    }
 }
 
 /// Writes one word of the result. Volatile: merged, the writes would read registers that were never set, which the
@@ -103,23 +105,16 @@ fn clear() {
 }
 
 #[inline(always)]
-fn tell(ip: &Ip, outcome: &Outcome) {
+fn tell(ip: &Ip, outcome: Packed) {
     put(5, ip.l4);
-    match outcome {
-        Outcome::Other => put(0, 1),
-        Outcome::Unverified(reason) => {
-            put(1, *reason as u32);
-            put(0, 2);
-        }
-        Outcome::Judged(finding) => {
-            put(1, finding.verdict as u32);
-            put(2, u32::from(finding.seen));
-            if let Some(expected) = finding.expected {
-                put(3, u32::from(expected));
-                put(4, 1);
-            }
-            put(0, 3);
-        }
+    put(1, outcome.number().into());
+    if outcome.is_judged() {
+        put(2, outcome.seen().into());
+        put(3, outcome.expected().into());
+        put(4, outcome.has_expected().into());
+        put(0, 3);
+    } else {
+        put(0, 2);
     }
 }
 
@@ -130,7 +125,7 @@ pub fn judge_uplink(ctx: TcContext) -> i32 {
     clear();
     let (packet, surroundings) = (SkbPacket::new(skb), HandedIn { skb });
     if let Some(ip) = judge::tunnel(&packet, &surroundings, None) {
-        tell(&ip, &judge::outer(&packet, &surroundings, &ip));
+        tell(&ip, judge::outer(&packet, &surroundings, &ip));
     }
     TC_ACT_UNSPEC
 }
@@ -140,8 +135,8 @@ pub fn judge_uplink(ctx: TcContext) -> i32 {
 pub fn judge_vxlan(ctx: TcContext) -> i32 {
     let skb = ctx.skb.skb;
     clear();
-    if let Some(Found { ip, outcome }) = judge::vxlan_device(&SkbPacket::new(skb), &HandedIn { skb }, None) {
-        tell(&ip, &outcome);
+    if let Some((ip, outcome)) = judge::frame(&SkbPacket::new(skb), &HandedIn { skb }, None) {
+        tell(&ip, outcome);
     }
     TC_ACT_UNSPEC
 }
@@ -149,7 +144,16 @@ pub fn judge_vxlan(ctx: TcContext) -> i32 {
 /// All of the uplink's program, as it is on a node.
 #[classifier]
 pub fn whole_uplink(ctx: TcContext) -> i32 {
-    watch::uplink(ctx.skb.skb);
+    let skb = ctx.skb.skb;
+    watch::uplink(skb, &watch::Kernel::of(skb));
+    TC_ACT_UNSPEC
+}
+
+/// The same, with the metadata handed in.
+#[classifier]
+pub fn whole_uplink_told(ctx: TcContext) -> i32 {
+    let skb = ctx.skb.skb;
+    watch::uplink(skb, &HandedIn { skb });
     TC_ACT_UNSPEC
 }
 

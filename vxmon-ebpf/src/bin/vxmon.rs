@@ -10,13 +10,15 @@ use vxmon_ebpf::{TC_ACT_UNSPEC, watch};
 /// Judges the outer packet.
 #[classifier]
 pub fn vxmon_uplink(ctx: TcContext) -> i32 {
-    watch::uplink(ctx.skb.skb);
+    let skb = ctx.skb.skb;
+    watch::uplink(skb, &watch::Kernel::of(skb));
     TC_ACT_UNSPEC
 }
 
 /// Judges the frame about to be encapsulated.
 #[classifier]
 pub fn vxmon_vxlan(ctx: TcContext) -> i32 {
-    watch::vxlan(ctx.skb.skb);
+    let skb = ctx.skb.skb;
+    watch::vxlan(skb, &watch::Kernel::of(skb));
     TC_ACT_UNSPEC
 }

@@ -21,7 +21,7 @@ use jiff::{SignedDuration, Timestamp};
 use vxmon_common::{
     conntrack::{Cause, Nat, Rewrite, cause},
     event::{Event, event_flag, role},
-    judge::{Finding, Skb, State, Verdict},
+    judge::{Finding, State, Verdict},
 };
 use zerocopy::FromBytes as _;
 
@@ -131,7 +131,6 @@ impl Attributor {
             },
             seen: event.seen,
             expected: (event.flags & event_flag::EXPECTED != 0).then_some(event.expected),
-            skb: Skb::UNKNOWN,
         };
         let endpoints = headers::endpoints(&event);
         let rewrite = match (&tuples, &endpoints) {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use btf_rs::{Btf, Struct, Type};
 use vxmon_common::{
-    config::{Config, WINDOW},
+    config::{Config, WINDOW, skb_access},
     conntrack::Tuple,
 };
 
@@ -13,6 +13,9 @@ use vxmon_common::{
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 /// BTF of the conntrack module, where conntrack is one.
 const CONNTRACK_MODULE: &str = "/sys/kernel/btf/nf_conntrack";
+
+/// Tells the verifier what the program's context is, so that its fields can be read in place.
+const CAST: &str = "bpf_cast_to_kern_ctx";
 
 /// Why an offset is not to be had.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +41,8 @@ pub enum LayoutError {
 pub struct Layout {
     /// Settings with the offsets filled in.
     pub config: Config,
+    /// Number of the function `bpf_cast_to_kern_ctx()` in the kernel's BTF, if it has one.
+    pub cast: Option<u32>,
     /// Why the skb's checksum state cannot be read, if so.
     pub skb: Result<(), LayoutError>,
     /// Why the skb's conntrack entry cannot be read, if so.
@@ -48,22 +53,26 @@ impl Layout {
     /// Looks up everything on the running kernel.
     pub fn detect() -> Self {
         let mut config = Config::default();
-        let (skb, conntrack) = match open(VMLINUX, None) {
-            Ok(btf) => (fill_skb(&btf, &mut config), fill_conntrack(&btf, &mut config)),
+        let (cast, skb, conntrack) = match open(VMLINUX, None) {
+            Ok(btf) => (function(&btf, CAST), fill_skb(&btf, &mut config), fill_conntrack(&btf, &mut config)),
             Err(error) => {
                 let why = LayoutError::Unreadable { path: VMLINUX, reason: error.to_string() };
-                (Err(why), Err(error))
+                (None, Err(why), Err(error))
             }
         };
-        config.has_skb = u32::from(skb.is_ok());
+        config.has_skb = match (&skb, cast) {
+            (Ok(()), Some(_)) => skb_access::CAST,
+            (Ok(()), None) => skb_access::COPY,
+            (Err(_), _) => skb_access::NONE,
+        };
         config.has_conntrack = u32::from(conntrack.is_ok());
-        Self { config, skb, conntrack }
+        Self { config, cast, skb, conntrack }
     }
 
     /// As if the kernel had no BTF.
     pub fn without(reason: &str) -> Self {
         let error = || LayoutError::Unreadable { path: VMLINUX, reason: reason.to_owned() };
-        Self { config: Config::default(), skb: Err(error()), conntrack: Err(error()) }
+        Self { config: Config::default(), cast: None, skb: Err(error()), conntrack: Err(error()) }
     }
 }
 
@@ -77,6 +86,12 @@ fn open(path: &'static str, base: Option<&Btf>) -> Result<Btf, LayoutError> {
         Some(base) => Btf::from_split_file(path, base),
     };
     btf.map_err(|error| unreadable(error.to_string()))
+}
+
+/// The number of a function.
+fn function(btf: &Btf, name: &str) -> Option<u32> {
+    let mut ids = btf.resolve_ids_by_name(name).ok()?.into_iter();
+    ids.find(|id| matches!(btf.resolve_type_by_id(*id), Ok(Type::Func(_))))
 }
 
 /// A struct and where its members are.

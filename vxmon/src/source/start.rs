@@ -1,6 +1,7 @@
 //! Which engine it is to be, and its start: what was asked for, or the best that this kernel and these privileges allow.
 
 use anyhow::{Context as _, Result};
+use vxmon_common::config::skb_access;
 
 use super::{
     btf::Layout,
@@ -84,18 +85,11 @@ fn tc(choice: &Choice, say: &dyn Fn(&str)) -> Result<Box<dyn Engine>> {
     for device in clsact::remove_leftovers()? {
         say(&format!("vxmon: removed from {device} what a vxmon that was killed had left there"));
     }
-    let tc = match Tc::load(&layout, choice.hook) {
-        Ok(tc) => tc,
-        // Reading kernel memory may be forbidden (lockdown) where the rest is not.
-        Err(error) if layout.config.has_skb + layout.config.has_conntrack > 0 => {
-            layout.config.has_skb = 0;
-            layout.config.has_conntrack = 0;
-            let tc = Tc::load(&layout, choice.hook).with_context(kernel_needs)?;
-            say(&format!("vxmon: without the skb's metadata and conntrack entry: {error}"));
-            return Ok(Box::new(tc));
-        }
-        Err(error) => return Err(error).with_context(kernel_needs),
-    };
+    let can_read = layout.config.has_skb + layout.config.has_conntrack;
+    let tc = load(&mut layout, choice.hook, say)?;
+    if can_read > 0 && layout.config.has_skb + layout.config.has_conntrack == 0 {
+        return Ok(Box::new(tc)); // which was said
+    }
     if let Err(error) = &layout.skb {
         say(&format!(
             "vxmon: without the skb's metadata ({error}), so any checksum that is right by some reading is accepted"
@@ -104,6 +98,29 @@ fn tc(choice: &Choice, say: &dyn Fn(&str)) -> Result<Box<dyn Engine>> {
         say(&format!("vxmon: conntrack entries are looked up by netlink ({error})"));
     }
     Ok(Box::new(tc))
+}
+
+/// Loads the programs with as much as the kernel lets them read.
+fn load(layout: &mut Layout, hook: Hook, say: &dyn Fn(&str)) -> Result<Tc> {
+    let error = match Tc::load(layout, hook) {
+        Ok(tc) => return Ok(tc),
+        Err(error) => error,
+    };
+    if layout.config.has_skb == skb_access::CAST {
+        log::debug!("the skb cannot be read in place: {error}");
+        layout.config.has_skb = skb_access::COPY;
+        layout.cast = None;
+        return load(layout, hook, say);
+    }
+    if layout.config.has_skb == skb_access::NONE && layout.config.has_conntrack == 0 {
+        return Err(error).with_context(kernel_needs);
+    }
+    // Reading kernel memory may be forbidden (lockdown) where the rest is not.
+    layout.config.has_skb = skb_access::NONE;
+    layout.config.has_conntrack = 0;
+    let tc = Tc::load(layout, hook).with_context(kernel_needs)?;
+    say(&format!("vxmon: without the skb's metadata and conntrack entry: {error}"));
+    Ok(tc)
 }
 
 /// Bytes that `bpf_csum_diff()` takes at once: since 6.13 it sums in place (net/core/filter.c, "bpf_csum_diff: optimize"),

@@ -15,7 +15,7 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use vxmon_common::{
-    config::{self, Device, device_flag, port_flag},
+    config::{self, Device, Devices, device_flag, port_flag, skb_access, slot_bits},
     counters::Counters,
 };
 
@@ -24,7 +24,8 @@ use super::{
     clsact,
     engine::{Engine, EngineError},
     events::Events,
-    object, stats,
+    object::{self, Object},
+    stats,
 };
 use crate::{
     attribute::story::Awaiting,
@@ -162,7 +163,7 @@ impl Tc {
             .verifier_log_level(VerifierLogLevel::STATS)
             .override_global(config::CONFIG, &layout.config, true)
             .override_global(aya_log::LEVEL, &log_level, true)
-            .load(object::MAIN)
+            .load(Object::new(object::MAIN, layout.cast).bytes())
             .map_err(|error| refused("object", &error))?;
         load_programs(&mut ebpf)?;
         let log = if log_level > 0 {
@@ -170,7 +171,7 @@ impl Tc {
         } else {
             None
         };
-        let metadata = if layout.config.has_skb > 0 { "skb" } else { "none" };
+        let metadata = if layout.config.has_skb != skb_access::NONE { "skb" } else { "none" };
         Ok(Self {
             ebpf,
             log,
@@ -261,7 +262,8 @@ impl Tc {
         self.write_devices()?;
         let mut table = Box::new(Table([0; 1 << 16]));
         for (slot, Slot { watch, .. }) in &self.slots {
-            table.0[usize::from(watch.ifindex as u16)] = *slot as u8;
+            let bare = if watch.l2 { 0 } else { slot_bits::BARE };
+            table.0[usize::from(watch.ifindex as u16)] = *slot as u8 | bare;
         }
         let failed = |source| TcError::Map { map: config::SLOTS_MAP, source };
         self.array::<Table>(config::SLOTS_MAP)?.set(0, *table, 0).map_err(failed)
@@ -270,7 +272,7 @@ impl Tc {
     /// Writes what the kernel program knows of each device.
     fn write_devices(&mut self) -> Result<(), TcError> {
         let slot_of: BTreeMap<u32, u32> = self.slots.iter().map(|(slot, s)| (s.watch.ifindex, *slot)).collect();
-        let mut devices = Vec::new();
+        let mut devices = Devices([Device::default(); config::SLOTS as usize]);
         for (slot, Slot { watch, .. }) in &self.slots {
             let mut above = [0_u64; 2];
             for upper in watch.above.iter().filter_map(|ifindex| slot_of.get(ifindex)) {
@@ -281,16 +283,14 @@ impl Tc {
                 Role::Uplink => self.awaiting.uplinks,
                 Role::Vxlan => self.awaiting.devices.contains(&watch.ifindex),
             };
-            let flags = if watch.l2 { 0 } else { device_flag::BARE }
-                | if has_lower { device_flag::HAS_LOWER } else { 0 }
-                | if follows { device_flag::FOLLOW } else { 0 };
-            devices.push((*slot, Device { ifindex: watch.ifindex, flags, above }));
+            let flags =
+                if has_lower { device_flag::HAS_LOWER } else { 0 } | if follows { device_flag::FOLLOW } else { 0 };
+            if let Some(device) = devices.0.get_mut(*slot as usize) {
+                *device = Device { ifindex: watch.ifindex, flags, above };
+            }
         }
-        let mut map = self.array::<Device>(config::DEVICES_MAP)?;
-        for (slot, device) in devices {
-            map.set(slot, device, 0).map_err(|source| TcError::Map { map: config::DEVICES_MAP, source })?;
-        }
-        Ok(())
+        let failed = |source| TcError::Map { map: config::DEVICES_MAP, source };
+        self.array::<Devices>(config::DEVICES_MAP)?.set(0, devices, 0).map_err(failed)
     }
 }
 

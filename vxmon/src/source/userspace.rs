@@ -75,7 +75,6 @@ impl Judge {
             return None;
         };
         match found.outcome {
-            Outcome::Other => counters.other += 1,
             Outcome::Unverified(reason) => add_one(&mut counters.unverified, reason as usize),
             Outcome::Judged(finding) if finding.verdict.is_anomaly() => {
                 return self.anomaly(sighting, &found.ip, &finding, counters);
@@ -125,7 +124,7 @@ fn event(
     so_far: Story,
     (count, suppressed): (u64, u64),
 ) -> Box<Event> {
-    let Sighting { bytes, head, bare, skb: _, time_ns, ifindex, role } = *sighting;
+    let Sighting { bytes, head, bare, skb, time_ns, ifindex, role } = *sighting;
     let flag = |yes: bool, flag: u8| if yes { flag } else { 0 };
     let kept = head.len().min(HEAD);
     let mut event = Event {
@@ -136,10 +135,10 @@ fn event(
         ifindex,
         len: bytes.len(),
         mark: 0,
-        gso_type: finding.skb.gso_type,
-        gso_size: finding.skb.gso_size,
-        csum_start: finding.skb.csum_start,
-        csum_offset: finding.skb.csum_offset,
+        gso_type: skb.gso_type,
+        gso_size: skb.gso_size,
+        csum_start: skb.csum_start,
+        csum_offset: skb.csum_offset,
         l3: ip.l3,
         l4: ip.l4,
         seen: finding.seen,
@@ -147,13 +146,13 @@ fn event(
         predicted: cause.predicted.unwrap_or(0),
         bare_ethertype: bare.unwrap_or(0),
         verdict: cause.verdict as u8,
-        state: finding.skb.state as u8,
+        state: skb.state as u8,
         role: role_number(role),
         flags: event_flag::NO_MARK
             | flag(finding.expected.is_some(), event_flag::EXPECTED)
             | flag(cause.predicted.is_some(), event_flag::PREDICTED)
             | flag(bare.is_some(), event_flag::BARE)
-            | flag(finding.skb.state == State::Partial, event_flag::CSUM_START),
+            | flag(skb.state == State::Partial, event_flag::CSUM_START),
         ct_orig: Tuple::default(),
         ct_reply: Tuple::default(),
         last_bad_ns: so_far.last_bad_ns,
