@@ -91,9 +91,24 @@ struct Sources {
     state: &'static str,
     conntrack: &'static str,
     mark: Option<&'static str>,
+    /// The rule and where it lives.
+    rule: (&'static str, &'static str),
 }
 
-const FROM_SKB: Sources = Sources { state: "partial", conntrack: "skb", mark: Some("0x4000") };
+const fn from_skb(backend: Backend) -> Sources {
+    Sources { state: "partial", conntrack: "skb", mark: Some("0x4000"), rule: rule(backend) }
+}
+
+/// The rule that masquerades, as it is written where it lives.
+const fn rule(backend: Backend) -> (&'static str, &'static str) {
+    match backend {
+        Backend::IptablesLegacy => (IPTABLES_RULE, "iptables-legacy"),
+        Backend::IptablesNft => (IPTABLES_RULE, "iptables-nft"),
+        Backend::Nftables => ("meta mark & 0x00004000 != 0x00000000 masquerade fully-random", "nftables"),
+    }
+}
+
+const IPTABLES_RULE: &str = "-A KUBE-POSTROUTING -m mark --mark 0x4000/0x4000 -j MASQUERADE --random-fully";
 
 /// Each bad packet has its event with the right content, and there is no other event.
 fn all_reported(lab: &Lab, seen: &Seen, finished: &Finished, sources: &Sources) -> Result<()> {
@@ -123,7 +138,6 @@ fn all_reported(lab: &Lab, seen: &Seen, finished: &Finished, sources: &Sources) 
             ("/ct/source", sources.conntrack.into()),
             ("/ct/orig", endpoints(&entry.orig)),
             ("/ct/reply", endpoints(&entry.reply)),
-            ("/nat/random_fully", "port-rewritten".into()),
             ("/mark", sources.mark.into()),
             ("/vni", lab.options().vni.into()),
             ("/flow/attempt", 1.into()),
@@ -133,6 +147,14 @@ fn all_reported(lab: &Lab, seen: &Seen, finished: &Finished, sources: &Sources) 
             let found = event.pointer(path).unwrap_or(&Value::Null);
             ensure!(*found == wanted, "{path} is {found}, not {wanted}, in {event}");
         }
+        // Whether the packet meets the rule hangs on its mark.
+        let (level, rule, backend) = match sources.mark {
+            Some(_) => ("rule", sources.rule.0.into(), sources.rule.1.into()),
+            None => ("port-rewritten", Value::Null, Value::Null),
+        };
+        let nat = &event["nat"];
+        ensure!(nat["random_fully"] == level && nat["rule"] == rule && nat["backend"] == backend, "{nat:#}");
+        ensure!(sources.mark.is_none() || (nat["mark"] == "0x4000" && nat["why"] == "mark-not-cleared"), "{nat:#}");
         let status = event["ct"]["status"].as_array().context("no status")?;
         ensure!(["src-nat", "confirmed"].iter().all(|name| status.iter().any(|s| s == name)), "{status:?}");
         let inner = &event["inner"];
@@ -157,7 +179,8 @@ fn every_bad_packet_is_reported(backend: Backend) -> Result<()> {
     for underlay in FAMILIES {
         let lab = broken_lab(LabOptions { underlay, ..LabOptions::default() }, backend)?;
         let seen = watch(&lab, 2, &[&[]])?;
-        all_reported(&lab, &seen, &seen.vxmon[0], &FROM_SKB).with_context(|| format!("{backend:?} {underlay:?}"))?;
+        all_reported(&lab, &seen, &seen.vxmon[0], &from_skb(backend))
+            .with_context(|| format!("{backend:?} {underlay:?}"))?;
     }
     Ok(())
 }
@@ -196,8 +219,9 @@ fn conntrack_by_skb_and_by_netlink_agree() -> Result<()> {
         let lab = broken_lab(LabOptions { underlay, ..LabOptions::default() }, Backend::Nftables)?;
         let seen = watch(&lab, 2, &[&["--conntrack", "skb"], &["--conntrack", "netlink"]])?;
         let [skb, netlink] = seen.vxmon.as_slice() else { anyhow::bail!("two of them") };
-        all_reported(&lab, &seen, skb, &FROM_SKB).context("by skb")?;
-        all_reported(&lab, &seen, netlink, &Sources { conntrack: "netlink", ..FROM_SKB }).context("by netlink")?;
+        all_reported(&lab, &seen, skb, &from_skb(Backend::Nftables)).context("by skb")?;
+        all_reported(&lab, &seen, netlink, &Sources { conntrack: "netlink", ..from_skb(Backend::Nftables) })
+            .context("by netlink")?;
         // Counted in the kernel as of unknown cause, and moved when the cause was known.
         ensure!(netlink.total("verdicts/bad-outer") == 0, "{}", netlink.summary);
         for one in &skb.events {
@@ -219,7 +243,12 @@ fn reported_without_btf_too() -> Result<()> {
         let lab = broken_lab(LabOptions { underlay, ..LabOptions::default() }, Backend::IptablesNft)?;
         let seen = watch(&lab, 2, &[&["--no-btf"]])?;
         let finished = &seen.vxmon[0];
-        all_reported(&lab, &seen, finished, &Sources { state: "unknown", conntrack: "netlink", ..FROM_SKB })?;
+        all_reported(
+            &lab,
+            &seen,
+            finished,
+            &Sources { state: "unknown", conntrack: "netlink", ..from_skb(Backend::IptablesNft) },
+        )?;
         ensure!(finished.stderr.contains("without the skb's metadata"), "{}", finished.stderr);
         let blind = finished.all.iter().filter(|line| line["type"] == "attached");
         ensure!(blind.into_iter().all(|line| line["metadata"] == "none"), "{:#?}", finished.all);
@@ -235,7 +264,7 @@ fn reported_through_clsact_too() -> Result<()> {
     for underlay in FAMILIES {
         let lab = broken_lab(LabOptions { underlay, ..LabOptions::default() }, Backend::IptablesLegacy)?;
         let seen = watch(&lab, 2, &[&["--hook", "clsact"]])?;
-        all_reported(&lab, &seen, &seen.vxmon[0], &FROM_SKB)?;
+        all_reported(&lab, &seen, &seen.vxmon[0], &from_skb(Backend::IptablesLegacy))?;
     }
     Ok(())
 }
@@ -247,7 +276,8 @@ fn reported_by_packet_sockets_too() -> Result<()> {
         return Ok(());
     }
     // The device sums nothing, so the kernel has done it before the packet gets there.
-    const FROM_SOCKET: Sources = Sources { state: "none", conntrack: "netlink", mark: None };
+    const FROM_SOCKET: Sources =
+        Sources { state: "none", conntrack: "netlink", mark: None, rule: rule(Backend::Nftables) };
     const ARGS: [&[&str]; 2] = [&["--engine", "packet-socket"], &["--engine", "packet-socket", "--no-packet-ring"]];
     for underlay in FAMILIES {
         for topology in [Topology::Plain, Topology::Bridge, Topology::Macvlan] {
@@ -318,7 +348,7 @@ fn stacked_devices_count_a_packet_once() -> Result<()> {
             let seen = watch(&lab, 2, &[&[upper, lower], &[]])?;
             for (finished, named) in seen.vxmon.iter().zip([true, false]) {
                 let context = || format!("{topology:?} {underlay:?}, named {named}: {}", finished.summary);
-                all_reported(&lab, &seen, finished, &FROM_SKB).with_context(context)?;
+                all_reported(&lab, &seen, finished, &from_skb(Backend::Nftables)).with_context(context)?;
                 let above = finished.device(upper).with_context(context)?;
                 let bad = seen.bad.len() as u64;
                 ensure!(anomalies(&above["packets"]) == bad, "{}", context());
@@ -352,7 +382,7 @@ fn the_uplink_is_found_without_a_fixed_lower_device() -> Result<()> {
         };
         let lab = broken_lab(options, Backend::IptablesLegacy)?;
         let seen = watch(&lab, 2, &[&[]])?;
-        all_reported(&lab, &seen, &seen.vxmon[0], &FROM_SKB)?;
+        all_reported(&lab, &seen, &seen.vxmon[0], &from_skb(Backend::IptablesLegacy))?;
         let attached = seen.vxmon[0].all.iter().filter(|line| line["type"] == "attached");
         let mut devices: Vec<_> = attached.map(|line| (line["dev"].to_string(), line["role"].to_string())).collect();
         devices.sort();

@@ -214,10 +214,11 @@ pub struct Nat {
     pub mark: Option<String>,
     /// Why the outer packet was masqueraded at all. `mark-not-cleared`: no rule clears the mark (kube-proxy before
     /// 1.16.13, 1.17.9, 1.18.6). `old-rule-first`: `cleared_by` does, but the rule named comes before it. `snat-ahead`:
-    /// `cleared_by` does, but `ahead` ended the inner packet's way before it. `unclear`: `cleared_by` does, and nothing
+    /// `cleared_by` does, but `ahead`, another translation, ended the inner packet's way before it. `return-ahead`: likewise,
+    /// `ahead` being a RETURN or ACCEPT. `unclear`: `cleared_by` does, and nothing
     /// found keeps the inner packet from it. `no-mark`: the rule does not look at the mark.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("enum" = ["mark-not-cleared", "old-rule-first", "snat-ahead", "unclear", "no-mark", null]))]
+    #[schemars(extend("enum" = ["mark-not-cleared", "old-rule-first", "snat-ahead", "return-ahead", "unclear", "no-mark", null]))]
     pub why: Option<&'static str>,
     /// The rules that set these bits.
     #[serde(skip_serializing_if = "Vec::is_empty")]

@@ -8,6 +8,7 @@
 //! source/     where observations come from: the TC programs
 //! netlink/    the kernel's wire formats: links, addresses, routes, tc, conntrack
 //! devices     which devices to watch
+//! rules/      the NAT rules of the node: read, matched, rendered
 //! attribute/  the sections of an anomaly that the packet itself does not hold: its conntrack entry, the cause
 //! telemetry   what is noted for the metrics
 //! ethtool     a device's offload features
@@ -25,6 +26,7 @@ pub mod ethtool;
 pub mod event;
 pub mod monitor;
 pub mod netlink;
+pub mod rules;
 pub mod sink;
 pub mod source;
 pub mod telemetry;

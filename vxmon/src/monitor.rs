@@ -29,6 +29,7 @@ use crate::{
         monitor::{Changes, Monitor, Pace},
         socket::{Protocol, Socket},
     },
+    rules::Rules,
     sink::{
         Explain, Format, Paint, Printer,
         live::{Listeners, Live},
@@ -78,6 +79,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const LONGEST_RETRY: Duration = Duration::from_secs(10);
 /// When a device is tried again that could not be attached to.
 const RETRY: Duration = Duration::from_millis(250);
+
+/// How long the start waits for the NAT rules to be read. An anomaly before that has none.
+const RULES: Duration = Duration::from_millis(100);
 
 /// Watches until told to end; how many anomalies were seen.
 pub async fn run(
@@ -159,17 +163,20 @@ impl<'a> Daemon<'a> {
         // Before the first look at the devices, so that nothing slips through between.
         let monitor = Monitor::open(Pace::default())?;
         let route = Socket::open(Protocol::Route)?;
+        // Read meanwhile, on a thread of their own.
+        let rules = Rules::start().context("cannot start the thread that reads the NAT rules")?;
         let Started { mut engine, fallback } = start::start(&settings.engine, say)?;
         let events = engine.events()?;
         let (writer, broken) = Writer::start(output).context("cannot start the output thread")?;
         let release = nix::sys::utsname::uname().map(|uname| uname.release().to_string_lossy().into_owned());
         let node = nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let live = Live::start(listeners, &node).context("cannot start the thread of the socket and the metrics")?;
+        rules.wait(RULES);
         Ok(Self {
             live,
             telemetry: Telemetry::default(),
             offloads: Offloads::default(),
-            attributor: Attributor::new(node.clone(), settings.conntrack),
+            attributor: Attributor::new(node.clone(), settings.conntrack).with_rules(rules),
             printer: Printer::new(settings.format, settings.explain, settings.paint, release.unwrap_or_default()),
             settings,
             say,

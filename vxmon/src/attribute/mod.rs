@@ -4,6 +4,7 @@
 //! ```text
 //! headers    outer and inner packet, from the first bytes
 //! conntrack  the outer connection: from the skb, by netlink where the skb does not tell
+//! nat        the rule that rewrote it, and why it did
 //! story      the connection inside: its bad packets, when it is expected to recover, how it ended
 //! parameters the kernel parameters that this hangs on
 //! ending     the end of a story, as an event shows it
@@ -13,6 +14,7 @@
 mod conntrack;
 mod ending;
 mod headers;
+mod nat;
 mod parameters;
 pub mod story;
 
@@ -34,6 +36,7 @@ use crate::{
     devices::VxlanDevice,
     event::{self, Anomaly, Record},
     netlink::conntrack::status,
+    rules::Rules,
 };
 
 /// Why bytes from the ring buffer are not an event.
@@ -82,6 +85,7 @@ pub struct Attributed {
 pub struct Attributor {
     node: String,
     conntrack: conntrack::Lookup,
+    nat: nat::Lookup,
     stories: Stories,
     parameters: parameters::Reader,
     /// VXLAN devices: port, VNI and name.
@@ -94,10 +98,18 @@ impl Attributor {
         Self {
             node,
             conntrack: conntrack::Lookup::new(source),
+            nat: nat::Lookup::default(),
             stories: Stories::default(),
             parameters: parameters::Reader::default(),
             vxlans: Vec::new(),
         }
+    }
+
+    /// Names NAT rules too.
+    #[must_use]
+    pub fn with_rules(mut self, rules: Rules) -> Self {
+        self.nat = nat::Lookup::new(rules);
+        self
     }
 
     /// Fills in an event seen on `device` at `ts`.
@@ -144,13 +156,15 @@ impl Attributor {
         let Cause { verdict, predicted, proved } =
             if event.role == role::UPLINK { cause(&finding, &nat) } else { cause(&finding, &Nat::None) };
 
-        let rewritten_port = rewrite.is_some_and(|rewrite| rewrite.before.sport != rewrite.after.sport);
         let nat = ct.as_ref().map(|ct| {
-            let source_nat = ct.status.contains(&"src-nat");
-            event::Nat {
-                random_fully: if source_nat && rewritten_port { "port-rewritten" } else { "no" },
-                ..event::Nat::default()
-            }
+            self.nat.find(&nat::Seen {
+                ct,
+                rewrite: rewrite.as_ref().map(|rewrite| (rewrite.before, rewrite.after)),
+                inner: inner.as_ref(),
+                device,
+                ifindex: event.ifindex,
+                mark: (event.flags & event_flag::NO_MARK == 0).then_some(event.mark),
+            })
         });
         if nat.is_none() {
             missing.insert("nat", "not known without the conntrack entry".to_owned());

@@ -12,17 +12,21 @@
 //! - [`socket`]: request, dump, acknowledgement; [`monitor`]: multicast news
 //! - [`link`], [`address`], [`fdb`], [`route`], [`nexthop`]: what the devices of the namespace are and where packets go
 //! - [`tc`]: the clsact qdisc and its filters
-//! - [`conntrack`]: one entry by its tuple
+//! - [`conntrack`]: one entry by its tuple; [`nftables`]: the ruleset; [`ipset`]: its sets;
+//!   [`ruleset`]: news that nftables changed
 
 pub mod address;
 mod attribute;
 pub mod conntrack;
 mod error;
 pub mod fdb;
+pub mod ipset;
 pub mod link;
 pub mod monitor;
 pub mod nexthop;
+pub mod nftables;
 pub mod route;
+pub mod ruleset;
 pub mod socket;
 pub mod tc;
 

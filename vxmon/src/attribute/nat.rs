@@ -1,0 +1,193 @@
+//! The NAT that rewrote the outer packet: which rule, how certain that is, and why the packet met it at all. Everything about
+//! rules is [`crate::rules`]'; here it is put to the packet and into the event.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use vxmon_common::conntrack::{Endpoints, Tuple};
+
+use super::headers::address;
+use crate::{
+    event::{self, Ct, Inner, NatRule},
+    rules::{Device, Finding, Packet, Question, RuleId, Rules, Snapshot, explain, render},
+};
+use vxmon_common::packet::Family;
+
+/// Connections whose finding is remembered; the oldest gives way.
+const REMEMBERED: usize = 1024;
+/// `AF_INET6`, as it stands in a tuple.
+const AF_INET6: u16 = 10;
+
+/// A packet that left.
+#[derive(Debug)]
+pub struct Seen<'a> {
+    /// Its conntrack entry.
+    pub ct: &'a Ct,
+    /// How it was before NAT and is now; none if nothing was rewritten.
+    pub rewrite: Option<(&'a Tuple, &'a Endpoints)>,
+    /// The packet inside.
+    pub inner: Option<&'a Inner>,
+    /// The device by which it left.
+    pub device: &'a str,
+    /// That device's index.
+    pub ifindex: u32,
+    /// `skb->mark`; none: not known.
+    pub mark: Option<u32>,
+}
+
+/// Before and after, of one connection.
+type Key = ([u32; 4], u16, [u32; 4], u16, u16);
+
+/// Finds NAT rules.
+#[derive(Debug, Default)]
+pub struct Lookup {
+    rules: Option<Rules>,
+    /// What was found when a connection was seen first: its rules are those of then, and its later packets may not have the
+    /// mark that they saw.
+    found: HashMap<Key, Arc<event::Nat>>,
+    order: VecDeque<Key>,
+}
+
+impl Lookup {
+    /// With these rules.
+    pub fn new(rules: Rules) -> Self {
+        Self { rules: Some(rules), ..Self::default() }
+    }
+
+    /// The section of the event.
+    pub fn find(&mut self, seen: &Seen<'_>) -> event::Nat {
+        let source_nat = seen.ct.status.contains(&"src-nat");
+        let Some((before, after)) = seen.rewrite.filter(|_| source_nat) else {
+            return event::Nat { random_fully: "no", ..event::Nat::default() };
+        };
+        let key = (before.src, before.sport, after.src, after.sport, after.dport);
+        if let Some(found) = self.found.get(&key) {
+            return event::Nat::clone(found);
+        }
+        let (nat, settled) = self.ask(seen, before, after);
+        if settled {
+            self.remember(key, Arc::new(nat.clone()));
+        }
+        nat
+    }
+
+    fn remember(&mut self, key: Key, nat: Arc<event::Nat>) {
+        if self.order.len() >= REMEMBERED
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.found.remove(&oldest);
+        }
+        self.order.push_back(key);
+        self.found.insert(key, nat);
+    }
+
+    /// What the rules say; whether that stays so.
+    fn ask(&mut self, seen: &Seen<'_>, before: &Tuple, after: &Endpoints) -> (event::Nat, bool) {
+        let rewritten = if before.sport == after.sport { "no" } else { "port-rewritten" };
+        let without = |reason: &str| event::Nat {
+            random_fully: rewritten,
+            reason: Some(reason.to_owned()),
+            ..event::Nat::default()
+        };
+        let Some(rules) = &mut self.rules else { return (without("rules are not read"), true) };
+        let snapshot = match rules.current() {
+            Ok(snapshot) => snapshot,
+            Err(why) => return (without(why), false),
+        };
+        let outer = outer(seen, before, &snapshot);
+        let family = if before.family == AF_INET6 { Family::V6 } else { Family::V4 };
+        let inner = seen.inner.and_then(inner);
+        let question = Question {
+            outer: &outer,
+            after: (address(family, &after.src), u16::from_be(after.sport)),
+            inner: inner.as_ref(),
+        };
+        let finding = explain::explain(&snapshot, &question);
+        let settled = finding.rule.is_some();
+        (section(&snapshot, &finding, rewritten), settled)
+    }
+}
+
+/// The packet as it was before NAT.
+fn outer(seen: &Seen<'_>, before: &Tuple, snapshot: &Snapshot) -> Packet {
+    let v6 = before.family == AF_INET6;
+    let family = if v6 { Family::V6 } else { Family::V4 };
+    Packet {
+        v6,
+        src: Some(address(family, &before.src)),
+        dst: Some(address(family, &before.dst)),
+        protocol: Some(before.proto),
+        sport: Some(u16::from_be(before.sport)),
+        dport: Some(u16::from_be(before.dport)),
+        mark: seen.mark,
+        out: Some(Device {
+            name: seen.device.to_owned(),
+            index: seen.ifindex,
+            below: snapshot.below.contains(&seen.ifindex),
+        }),
+    }
+}
+
+/// The packet inside.
+fn inner(inner: &Inner) -> Option<Packet> {
+    let (src, dst): (IpAddr, IpAddr) = (inner.src.parse().ok()?, inner.dst.parse().ok()?);
+    let protocol = match inner.proto.as_str() {
+        "tcp" => 6,
+        "udp" => 17,
+        "icmp" => 1,
+        "icmpv6" => 58,
+        number => number.parse().ok()?,
+    };
+    Some(Packet {
+        v6: dst.is_ipv6(),
+        src: Some(src),
+        dst: Some(dst),
+        protocol: Some(protocol),
+        sport: inner.sport,
+        dport: inner.dport,
+        mark: None,
+        out: None,
+    })
+}
+
+fn section(snapshot: &Snapshot, finding: &Finding, rewritten: &'static str) -> event::Nat {
+    let all = |ids: &[RuleId]| ids.iter().filter_map(|id| rule(snapshot, *id)).collect();
+    let one = |id: Option<RuleId>| id.and_then(|id| rule(snapshot, id));
+    let named = one(finding.rule);
+    event::Nat {
+        random_fully: match (&named, finding.random_fully) {
+            (Some(_), true) => "rule",
+            (Some(_), false) => "no",
+            (None, _) => rewritten,
+        },
+        backend: named.as_ref().map(|named| named.backend),
+        table: named.as_ref().map(|named| named.table.clone()),
+        chain: named.as_ref().map(|named| named.chain.clone()),
+        position: named.as_ref().map(|named| named.position),
+        handle: named.as_ref().and_then(|named| named.handle),
+        rule: named.map(|named| named.rule),
+        reason: finding.reason.clone(),
+        mark: (finding.bits != 0).then(|| format!("{:#x}", finding.bits)),
+        why: finding.why.map(explain::Why::name),
+        set_by: all(&finding.set_by),
+        cleared_by: one(finding.cleared_by),
+        ahead: one(finding.ahead),
+        candidates: all(&finding.candidates),
+        unknown: all(&finding.unknown),
+    }
+}
+
+fn rule(snapshot: &Snapshot, id: RuleId) -> Option<NatRule> {
+    let (table, chain, rule) = snapshot.ruleset.get(id)?;
+    Some(NatRule {
+        rule: render::rule(table, chain, rule),
+        backend: table.backend.name(),
+        table: format!("{} {}", table.family.name(), table.name),
+        chain: chain.name.to_string(),
+        position: u32::try_from(id.rule + 1).unwrap_or(u32::MAX),
+        handle: rule.handle,
+    })
+}

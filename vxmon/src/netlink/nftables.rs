@@ -1,0 +1,307 @@
+//! The nftables ruleset: tables, chains, rules with their expressions, sets and their elements. It only reads, and it does
+//! not know what an expression means for a packet.
+
+pub mod expression;
+
+use netlink_packet_core::DefaultNla;
+use netlink_packet_netfilter::{
+    NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily, NetfilterSubsystem,
+};
+use nix::errno::Errno;
+
+use self::expression::{Data, Expression};
+use super::{
+    Error, Socket,
+    attribute::{Value, attributes_after},
+    socket::Reply,
+};
+
+/// `NFNL_SUBSYS_NFTABLES`, include/uapi/linux/netfilter/nfnetlink.h.
+const SUBSYSTEM: u8 = 10;
+/// Length of struct nfgenmsg in bytes.
+const NFGENMSG: usize = 4;
+
+/// Messages, include/uapi/linux/netfilter/nf_tables.h (enum nf_tables_msg_types).
+mod message {
+    pub(super) const GET_CHAIN: u8 = 4;
+    pub(super) const GET_RULE: u8 = 7;
+    pub(super) const GET_SET: u8 = 10;
+    pub(super) const GET_ELEMENTS: u8 = 13;
+    pub(super) const GET_GENERATION: u8 = 16;
+}
+
+/// Attributes, the same file.
+mod nfta {
+    pub(super) const CHAIN_TABLE: u16 = 1;
+    pub(super) const CHAIN_NAME: u16 = 3;
+    pub(super) const CHAIN_HOOK: u16 = 4;
+    pub(super) const CHAIN_POLICY: u16 = 5;
+    pub(super) const CHAIN_TYPE: u16 = 7;
+    pub(super) const HOOK_NUMBER: u16 = 1;
+    pub(super) const HOOK_PRIORITY: u16 = 2;
+    pub(super) const RULE_TABLE: u16 = 1;
+    pub(super) const RULE_CHAIN: u16 = 2;
+    pub(super) const RULE_HANDLE: u16 = 3;
+    pub(super) const RULE_EXPRESSIONS: u16 = 4;
+    pub(super) const RULE_USERDATA: u16 = 7;
+    pub(super) const SET_TABLE: u16 = 1;
+    pub(super) const SET_NAME: u16 = 2;
+    pub(super) const SET_FLAGS: u16 = 3;
+    pub(super) const SET_KEY_LEN: u16 = 5;
+    pub(super) const ELEMENTS_TABLE: u16 = 1;
+    pub(super) const ELEMENTS_SET: u16 = 2;
+    pub(super) const ELEMENTS_LIST: u16 = 3;
+    pub(super) const ELEMENT_KEY: u16 = 1;
+    pub(super) const ELEMENT_DATA: u16 = 2;
+    pub(super) const ELEMENT_FLAGS: u16 = 3;
+    pub(super) const ELEMENT_KEY_END: u16 = 10;
+    pub(super) const GENERATION_ID: u16 = 1;
+}
+
+/// A chain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chain {
+    /// `NFPROTO_*` of its table.
+    pub family: u8,
+    /// Its table.
+    pub table: String,
+    /// Its name.
+    pub name: String,
+    /// Hook and priority, if it is hooked in.
+    pub hook: Option<(u32, i32)>,
+    /// `nat`, `filter`, `route`.
+    pub kind: Option<String>,
+    /// The policy is drop.
+    pub drops: bool,
+}
+
+/// A rule.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// `NFPROTO_*` of its table.
+    pub family: u8,
+    /// Its table.
+    pub table: String,
+    /// Its chain.
+    pub chain: String,
+    /// Its handle.
+    pub handle: u64,
+    /// What it asks and does.
+    pub expressions: Vec<Expression>,
+    /// nft's comment.
+    pub comment: Option<String>,
+}
+
+/// A set or a map.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Set {
+    /// `NFPROTO_*` of its table.
+    pub family: u8,
+    /// Its table.
+    pub table: String,
+    /// Its name.
+    pub name: String,
+    /// `NFT_SET_*`.
+    pub flags: u32,
+    /// Length of a key in bytes.
+    pub key_len: u32,
+}
+
+/// `NFT_SET_ANONYMOUS`.
+pub const SET_ANONYMOUS: u32 = 1;
+/// `NFT_SET_INTERVAL`.
+pub const SET_INTERVAL: u32 = 4;
+
+/// An element of a set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Element {
+    /// Its key; empty for the one that stands for all others.
+    pub key: Vec<u8>,
+    /// The end of the interval, inclusive, in sets of concatenations.
+    pub key_end: Option<Vec<u8>>,
+    /// It only ends, exclusively, the interval before it (`NFT_SET_ELEM_INTERVAL_END`).
+    pub ends_interval: bool,
+    /// What it maps to.
+    pub data: Option<Data>,
+}
+
+fn get(kind: u8, family: u8, attributes: Vec<DefaultNla>) -> NetfilterMessage {
+    NetfilterMessage::new(
+        NetfilterHeader::new(NetfilterProtoFamily::from(family), 0, 0),
+        NetfilterMessageInner::Other { subsys: NetfilterSubsystem::NfTables, message_type: kind, attributes },
+    )
+}
+
+fn text(kind: u16, text: &str) -> DefaultNla {
+    let mut bytes = text.as_bytes().to_vec();
+    bytes.push(0);
+    DefaultNla::new(kind, bytes)
+}
+
+/// What kind of message it is, and the family it says.
+fn kind(reply: &Reply<'_>) -> Option<(u8, u8)> {
+    let [subsystem, kind] = reply.kind.to_be_bytes();
+    (subsystem == SUBSYSTEM).then_some((kind, *reply.payload.first()?))
+}
+
+/// Number of the ruleset's state, one more with each transaction; none if the kernel has no nftables.
+///
+/// # Errors
+/// `EPERM` without CAP_NET_ADMIN; otherwise see [`Socket::request`].
+pub fn generation(socket: &mut Socket) -> Result<Option<u32>, Error> {
+    let read = |reply: Reply<'_>| {
+        attributes_after(NFGENMSG, reply.payload)
+            .find_map(|(kind, value)| (kind == nfta::GENERATION_ID).then(|| value.u32_be()))
+            .flatten()
+    };
+    match socket.request("ask for the nftables generation", 0, &get(message::GET_GENERATION, 0, vec![]), read) {
+        Ok(found) => Ok(found.first().copied()),
+        // The subsystem is unknown: "nfnetlink_rcv_msg()" answers EINVAL.
+        Err(error) if error.is_unsupported() || error.errno() == Some(Errno::EINVAL) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// All chains.
+///
+/// # Errors
+/// See [`Socket::dump`].
+pub fn chains(socket: &mut Socket) -> Result<Vec<Chain>, Error> {
+    socket.dump("list nftables chains", &get(message::GET_CHAIN, 0, vec![]), decode_chain)
+}
+
+fn decode_chain(reply: Reply<'_>) -> Option<Chain> {
+    let (_, family) = kind(&reply)?;
+    let (mut table, mut name, mut hook, mut chain_type, mut drops) = (None, None, None, None, false);
+    for (kind, value) in attributes_after(NFGENMSG, reply.payload) {
+        match kind {
+            nfta::CHAIN_TABLE => table = Some(value.text()),
+            nfta::CHAIN_NAME => name = Some(value.text()),
+            nfta::CHAIN_TYPE => chain_type = Some(value.text()),
+            nfta::CHAIN_POLICY => drops = value.u32_be() == Some(0),
+            nfta::CHAIN_HOOK => {
+                let find = |wanted| value.nested().find_map(|(kind, value)| (kind == wanted).then(|| value.u32_be()));
+                let number = find(nfta::HOOK_NUMBER).flatten();
+                let priority = find(nfta::HOOK_PRIORITY).flatten().map(u32::cast_signed);
+                hook = number.zip(priority);
+            }
+            _ => {}
+        }
+    }
+    Some(Chain { family, table: table?, name: name?, hook, kind: chain_type, drops })
+}
+
+/// All rules, in order within each chain, as `read` makes something of them.
+///
+/// # Errors
+/// See [`Socket::dump`].
+pub fn rules<T>(socket: &mut Socket, mut read: impl FnMut(Rule) -> Option<T>) -> Result<Vec<T>, Error> {
+    socket.dump("list nftables rules", &get(message::GET_RULE, 0, vec![]), |reply| read(decode_rule(reply)?))
+}
+
+fn decode_rule(reply: Reply<'_>) -> Option<Rule> {
+    let (_, family) = kind(&reply)?;
+    let (mut table, mut chain, mut handle, mut expressions, mut comment) = (None, None, None, Vec::new(), None);
+    for (kind, value) in attributes_after(NFGENMSG, reply.payload) {
+        match kind {
+            nfta::RULE_TABLE => table = Some(value.text()),
+            nfta::RULE_CHAIN => chain = Some(value.text()),
+            nfta::RULE_HANDLE => handle = value.array().map(u64::from_be_bytes),
+            nfta::RULE_EXPRESSIONS => expressions = value.nested().map(|(_, value)| Expression::read(value)).collect(),
+            nfta::RULE_USERDATA => comment = decode_comment(value.0),
+            _ => {}
+        }
+    }
+    Some(Rule { family, table: table?, chain: chain?, handle: handle?, expressions, comment })
+}
+
+/// libnftnl's own encoding of user data: type, length, value; type 0 is the comment.
+fn decode_comment(mut bytes: &[u8]) -> Option<String> {
+    while let [kind, length, rest @ ..] = bytes {
+        let value = rest.get(..usize::from(*length))?;
+        if *kind == 0 {
+            return Some(Value(value).text());
+        }
+        bytes = rest.get(usize::from(*length)..)?;
+    }
+    None
+}
+
+/// All sets and maps, without their elements.
+///
+/// # Errors
+/// See [`Socket::dump`].
+pub fn sets(socket: &mut Socket) -> Result<Vec<Set>, Error> {
+    socket.dump("list nftables sets", &get(message::GET_SET, 0, vec![]), decode_set)
+}
+
+fn decode_set(reply: Reply<'_>) -> Option<Set> {
+    let (_, family) = kind(&reply)?;
+    let (mut table, mut name, mut flags, mut key_len) = (None, None, 0, 0);
+    for (kind, value) in attributes_after(NFGENMSG, reply.payload) {
+        match kind {
+            nfta::SET_TABLE => table = Some(value.text()),
+            nfta::SET_NAME => name = Some(value.text()),
+            nfta::SET_FLAGS => flags = value.u32_be().unwrap_or(0),
+            nfta::SET_KEY_LEN => key_len = value.u32_be().unwrap_or(0),
+            _ => {}
+        }
+    }
+    Some(Set { family, table: table?, name: name?, flags, key_len })
+}
+
+/// The elements of a set.
+///
+/// # Errors
+/// See [`Socket::dump`].
+pub fn elements(socket: &mut Socket, family: u8, table: &str, set: &str) -> Result<Vec<Element>, Error> {
+    let attributes = vec![text(nfta::ELEMENTS_TABLE, table), text(nfta::ELEMENTS_SET, set)];
+    let request = format!("list the elements of nftables set {set}");
+    let parts = socket
+        .dump(&request, &get(message::GET_ELEMENTS, family, attributes), |reply| Some(decode_elements(&reply)))?;
+    Ok(parts.into_iter().flatten().collect())
+}
+
+fn decode_elements(reply: &Reply<'_>) -> Vec<Element> {
+    attributes_after(NFGENMSG, reply.payload)
+        .filter(|(kind, _)| *kind == nfta::ELEMENTS_LIST)
+        .flat_map(|(_, value)| value.nested())
+        .filter_map(|(_, value)| decode_element(value))
+        .collect()
+}
+
+fn decode_element(value: Value<'_>) -> Option<Element> {
+    let (mut key, mut key_end, mut flags, mut data) = (None, None, 0, None);
+    for (kind, value) in value.nested() {
+        match kind {
+            nfta::ELEMENT_KEY => key = expression::value(value),
+            nfta::ELEMENT_KEY_END => key_end = expression::value(value),
+            nfta::ELEMENT_FLAGS => flags = value.u32_be().unwrap_or(0),
+            nfta::ELEMENT_DATA => data = Data::read(value),
+            _ => {}
+        }
+    }
+    // NFT_SET_ELEM_CATCHALL has no key.
+    let key = if flags & 2 != 0 { Vec::new() } else { key? };
+    Some(Element { key, key_end, ends_interval: flags & 1 != 0, data })
+}
+
+/// Number of the multicast group that tells of changes (`NFNLGRP_NFTABLES`, include/uapi/linux/netfilter/nfnetlink.h).
+pub const GROUP: u32 = 7;
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Whatever the kernel answers, reading it ends.
+        #[test]
+        fn garbage_is_left_out(kind in 0_u16..0x0a20, bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+            let reply = || Reply { kind, payload: &bytes };
+            let _ = (decode_chain(reply()), decode_rule(reply()), decode_set(reply()), decode_elements(&reply()));
+            let _ = Expression::read(Value(&bytes));
+        }
+    }
+}

@@ -1,0 +1,554 @@
+//! nftables to the model: chains of registers become conditions on values. What is in the tables of iptables-nft becomes
+//! iptables' own conditions. It never asks the kernel more than [`crate::netlink::nftables`] does.
+
+mod iptables;
+
+use std::collections::{HashMap, HashSet};
+
+use super::{
+    model::{
+        Act, Backend, Base, Change, Element, Family, Hook, Kind, Nat, NatKind, Op, Part, Rule, Set, Side, Source,
+        Table, Test, Value, Verdict, Way,
+    },
+    xt,
+};
+use crate::netlink::{
+    Error, Socket,
+    nftables::{
+        self as wire,
+        expression::{Data, Expression},
+    },
+};
+
+/// Elements of one set that are read; a larger one counts as not read.
+const LARGEST_SET: usize = 1 << 16;
+/// How often the ruleset is read anew because it changed meanwhile; the last attempt counts as it is.
+const ATTEMPTS: u32 = 4;
+
+/// The tables, and the generation that they are of; no generation if the kernel has no nftables.
+///
+/// # Errors
+/// See [`wire::generation`].
+pub fn read(socket: &mut Socket) -> Result<(Vec<Table>, Option<u32>), Error> {
+    let mut attempt = 1;
+    loop {
+        let Some(before) = wire::generation(socket)? else { return Ok((Vec::new(), None)) };
+        let tables = read_once(socket)?;
+        if wire::generation(socket)? == Some(before) || attempt == ATTEMPTS {
+            return Ok((tables, Some(before)));
+        }
+        attempt += 1;
+    }
+}
+
+/// `NFPROTO_*`, include/uapi/linux/netfilter.h.
+const fn family(number: u8) -> Option<Family> {
+    match number {
+        1 => Some(Family::Inet),
+        2 => Some(Family::Ip),
+        10 => Some(Family::Ip6),
+        _ => None,
+    }
+}
+
+const fn family_number(family: Family) -> u8 {
+    match family {
+        Family::Inet => 1,
+        Family::Ip => 2,
+        Family::Ip6 => 10,
+    }
+}
+
+fn read_once(socket: &mut Socket) -> Result<Vec<Table>, Error> {
+    let chains = wire::chains(socket)?;
+    let mut tables: Vec<Table> = Vec::new();
+    let mut numbers: HashMap<(Family, String), usize> = HashMap::new();
+    for chain in &chains {
+        let Some(family) = family(chain.family) else { continue };
+        let number = *numbers.entry((family, chain.table.clone())).or_insert_with(|| {
+            let backend =
+                if is_iptables(family, &chain.table, &chains) { Backend::IptablesNft } else { Backend::Nftables };
+            tables.push(Table::new(backend, family, &chain.table));
+            tables.len() - 1
+        });
+        if let Some(table) = tables.get_mut(number) {
+            let index = table.chain(&chain.name);
+            if let (Some((hook, priority)), Some(entry)) = (chain.hook, table.chains.get_mut(index)) {
+                let kind = if chain.kind.as_deref() == Some("nat") { Kind::Nat } else { Kind::Other };
+                entry.base = Some(Base { kind, hook: Hook::from(hook), priority, drops: chain.drops });
+            }
+        }
+    }
+    for set in wire::sets(socket)? {
+        let table = family(set.family).and_then(|family| numbers.get(&(family, set.table.clone())));
+        if let Some(table) = table.and_then(|number| tables.get_mut(*number)) {
+            let flag = |bit: u32| set.flags & bit != 0;
+            let entry = Set {
+                anonymous: flag(wire::SET_ANONYMOUS),
+                interval: flag(wire::SET_INTERVAL),
+                key_len: usize::try_from(set.key_len).unwrap_or(0),
+                elements: None,
+            };
+            table.sets.insert(set.name.into(), entry);
+        }
+    }
+    wire::rules(socket, |rule| -> Option<()> {
+        let family = family(rule.family)?;
+        let number = numbers.get(&(family, rule.table.clone()))?;
+        add_rule(tables.get_mut(*number)?, rule);
+        None
+    })?;
+    for table in &mut tables {
+        read_elements(socket, table)?;
+    }
+    Ok(tables)
+}
+
+/// Whether a table is one of iptables-nft's: its name, and all base chains have iptables' names.
+fn is_iptables(family: Family, table: &str, chains: &[wire::Chain]) -> bool {
+    const NAMES: [&str; 5] = ["nat", "mangle", "filter", "raw", "security"];
+    const CHAINS: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
+    let number = family_number(family);
+    let mut bases =
+        chains.iter().filter(|chain| chain.family == number && chain.table == table && chain.hook.is_some()).peekable();
+    family != Family::Inet
+        && NAMES.contains(&table)
+        && bases.peek().is_some()
+        && bases.all(|chain| CHAINS.contains(&chain.name.as_str()))
+}
+
+fn add_rule(table: &mut Table, rule: wire::Rule) {
+    let mut parts = translate(&rule.expressions, table.family, &table.sets);
+    if table.backend == Backend::IptablesNft {
+        parts = iptables::convert(parts, table.family == Family::Ip6);
+    }
+    let index = table.chain(&rule.chain);
+    if let Some(chain) = table.chains.get_mut(index) {
+        let comment = rule.comment.map(String::into_boxed_str);
+        chain.rules.push(Rule { handle: Some(rule.handle), parts: parts.into(), comment });
+    }
+}
+
+/// Reads the elements of the sets that POSTROUTING asks. Maps of verdicts lead to more chains, so until nothing is new.
+fn read_elements(socket: &mut Socket, table: &mut Table) -> Result<(), Error> {
+    let mut read: HashSet<Box<str>> = HashSet::new();
+    loop {
+        let wanted: Vec<Box<str>> = sets_on_the_way(table).into_iter().filter(|set| !read.contains(set)).collect();
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        for name in wanted {
+            let elements = wire::elements(socket, family_number(table.family), &table.name, &name)?;
+            if let Some(set) = table.sets.get_mut(&name)
+                && elements.len() <= LARGEST_SET
+            {
+                set.elements = Some(arrange(elements, set.interval));
+            }
+            read.insert(name);
+        }
+    }
+}
+
+/// Names of the sets in rules that POSTROUTING can reach.
+fn sets_on_the_way(table: &Table) -> HashSet<Box<str>> {
+    let mut sets = HashSet::new();
+    for chain in reachable(table, false, |base| base.hook == Hook::Postrouting) {
+        for rule in table.chains.get(chain).map(|chain| &chain.rules).into_iter().flatten() {
+            for part in &rule.parts {
+                match part {
+                    Part::Test(Test::Lookup { set, .. }) => drop(sets.insert(set.clone())),
+                    Part::Act(Act::VerdictMap { map, .. }) => drop(sets.insert(map.clone())),
+                    Part::Test(_) | Part::Act(_) => {}
+                }
+            }
+        }
+    }
+    sets
+}
+
+/// The chains that can be reached from base chains, these included; with `by_unread_maps` a map that was not read is taken to
+/// lead everywhere.
+pub(super) fn reachable(table: &Table, by_unread_maps: bool, from: impl Fn(&Base) -> bool) -> Vec<usize> {
+    let bases = table.chains.iter().enumerate().filter(|(_, chain)| chain.base.as_ref().is_some_and(&from));
+    let mut found: Vec<usize> = bases.map(|(index, _)| index).collect();
+    let mut seen: HashSet<usize> = found.iter().copied().collect();
+    let mut next = 0;
+    while let Some(chain) = found.get(next).and_then(|index| table.chains.get(*index)) {
+        next += 1;
+        let mut go = |name: &str| {
+            if let Some(index) = table.by_name.get(name)
+                && seen.insert(*index)
+            {
+                found.push(*index);
+            }
+        };
+        for way in chain.rules.iter().flat_map(Rule::leads_to) {
+            match way {
+                Way::Chain(name) => go(name),
+                Way::Map(map) => {
+                    let elements = table.sets.get(map).and_then(|set| set.elements.as_ref());
+                    if elements.is_none() && by_unread_maps {
+                        return (0..table.chains.len()).collect();
+                    }
+                    for element in elements.into_iter().flatten() {
+                        if let Some(Verdict::Jump(name) | Verdict::Goto(name)) = &element.verdict {
+                            go(name);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    found
+}
+
+/// `NFT_*` and `NF_*`.
+fn verdict(code: i32, chain: Option<&String>) -> Option<Verdict> {
+    Some(match (code, chain) {
+        (0, _) => Verdict::Drop,
+        (1, _) => Verdict::Accept,
+        (-1 | -2, _) => Verdict::Continue,
+        (-3, Some(chain)) => Verdict::Jump(chain.as_str().into()),
+        (-4, Some(chain)) => Verdict::Goto(chain.as_str().into()),
+        (-5, _) => Verdict::Return,
+        // The queue's number is in the upper half.
+        (code, _) if code & 0xff == 3 => Verdict::Queue,
+        _ => return None,
+    })
+}
+
+/// Elements in order, the ends of intervals put to their beginnings.
+fn arrange(mut wire: Vec<wire::Element>, interval: bool) -> Vec<Element> {
+    let element = |one: &wire::Element, end: Option<Vec<u8>>| Element {
+        key: one.key.as_slice().into(),
+        end: end.map(Vec::into_boxed_slice),
+        verdict: match &one.data {
+            Some(Data::Verdict(code, chain)) => verdict(*code, chain.as_ref()),
+            Some(Data::Value(_)) | None => None,
+        },
+        data: match &one.data {
+            Some(Data::Value(bytes)) => Some(bytes.as_slice().into()),
+            Some(Data::Verdict(..)) | None => None,
+        },
+    };
+    // An end comes before the beginning of what adjoins it.
+    wire.sort_by(|one, other| one.key.cmp(&other.key).then(other.ends_interval.cmp(&one.ends_interval)));
+    if !interval || wire.iter().any(|one| one.key_end.is_some()) {
+        return wire.iter().map(|one| element(one, one.key_end.clone())).collect();
+    }
+    let mut found = Vec::new();
+    for (index, one) in wire.iter().enumerate().filter(|(_, one)| !one.ends_interval) {
+        let end = match wire.get(index + 1) {
+            Some(next) => before(&next.key),
+            None => vec![0xff; one.key.len()],
+        };
+        found.push(element(one, (!one.key.is_empty()).then_some(end)));
+    }
+    found
+}
+
+/// The number before, bytes as a big-endian number.
+fn before(key: &[u8]) -> Vec<u8> {
+    let mut key = key.to_vec();
+    for byte in key.iter_mut().rev() {
+        let (less, borrowed) = byte.overflowing_sub(1);
+        *byte = less;
+        if !borrowed {
+            break;
+        }
+    }
+    key
+}
+
+/// What the registers hold, by the 4 bytes where it begins.
+#[derive(Default)]
+struct Registers(HashMap<usize, Value>);
+
+impl Registers {
+    fn load(&mut self, at: usize, value: Value) {
+        let end = at + words(&value);
+        self.0.retain(|begin, held| *begin >= end || begin + words(held) <= at);
+        self.0.insert(at, value);
+    }
+
+    fn get(&self, at: usize) -> Value {
+        self.0.get(&at).cloned().unwrap_or_else(|| plain(Source::Other("a register".into()), 4))
+    }
+
+    /// The fields of a key of so many bytes, of which each begins a new register.
+    fn key(&self, at: usize, len: usize) -> Box<[Value]> {
+        let (mut found, mut next) = (Vec::new(), at);
+        while next < at + len.div_ceil(4).max(1) {
+            let value = self.get(next);
+            next += words(&value);
+            found.push(value);
+        }
+        found.into()
+    }
+
+    fn constant(&self, at: usize) -> Option<Box<[u8]>> {
+        match self.0.get(&at) {
+            Some(Value { source: Source::Constant(bytes), changes, .. }) if changes.is_empty() => Some(bytes.clone()),
+            Some(_) | None => None,
+        }
+    }
+}
+
+/// How many registers of 4 bytes a value takes.
+fn words(value: &Value) -> usize {
+    usize::from(value.len).div_ceil(4).max(1)
+}
+
+fn plain(source: Source, len: u8) -> Value {
+    Value { source, len, changes: Box::new([]) }
+}
+
+fn changed(mut value: Value, change: Change) -> Value {
+    let mut changes = value.changes.into_vec();
+    changes.push(change);
+    value.changes = changes.into();
+    value
+}
+
+/// The parts of a rule.
+fn translate(expressions: &[Expression], family: Family, sets: &HashMap<Box<str>, Set>) -> Vec<Part> {
+    let mut registers = Registers::default();
+    expressions.iter().filter_map(|expression| part(expression, &mut registers, family, sets)).collect()
+}
+
+fn part(
+    expression: &Expression,
+    registers: &mut Registers,
+    family: Family,
+    sets: &HashMap<Box<str>, Set>,
+) -> Option<Part> {
+    match expression {
+        Expression::Meta { key, to: Some(to), .. } => load(registers, *to, meta(*key)),
+        Expression::Ct { key, to: Some(to), .. } => load(registers, *to, ct(*key)),
+        Expression::Payload { base, offset, len, to: Some(to) } => load(registers, *to, payload(*base, *offset, *len)),
+        Expression::Fib { to, result, flags } => load(registers, *to, fib(*result, *flags)),
+        Expression::Load { name, to } => load(registers, *to, plain(Source::Other(name.as_str().into()), 4)),
+        Expression::Immediate { to: Some(to), data: Data::Value(bytes) } => {
+            let len = u8::try_from(bytes.len()).unwrap_or(u8::MAX);
+            load(registers, *to, plain(Source::Constant(bytes.as_slice().into()), len))
+        }
+        Expression::Bitwise { from, to, bits, .. } => {
+            let change = match bits {
+                Some((and, xor)) => Change::Bits { and: and.as_slice().into(), xor: xor.as_slice().into() },
+                None => Change::Unknown,
+            };
+            let value = changed(registers.get(*from), change);
+            load(registers, *to, value)
+        }
+        Expression::Byteorder { from, to, size } => {
+            let value = changed(registers.get(*from), Change::Swap(u8::try_from(*size).unwrap_or(0)));
+            load(registers, *to, value)
+        }
+        Expression::Compare { from, op, with } => Some(Part::Test(compare(registers.get(*from), *op, with))),
+        Expression::Range { from, invert, least, most } => Some(Part::Test(Test::Range {
+            value: registers.get(*from),
+            from: least.as_slice().into(),
+            to: most.as_slice().into(),
+            invert: *invert,
+        })),
+        Expression::Lookup { set, from, to, invert } => {
+            let len = sets.get(set.as_str()).map_or(4, |set| set.key_len);
+            let key = registers.key(*from, len);
+            lookup(registers, key, set, *to, *invert)
+        }
+        Expression::Immediate { data: Data::Verdict(code, chain), .. } => Some(Part::Act(
+            verdict(*code, chain.as_ref()).map_or_else(|| Act::Unknown(format!("verdict {code}").into()), Act::Verdict),
+        )),
+        Expression::Immediate { to: None, data: Data::Value(_) } => Some(Part::Act(Act::Unknown("immediate".into()))),
+        _ => Some(act(expression, registers, family)),
+    }
+}
+
+fn load(registers: &mut Registers, to: usize, value: Value) -> Option<Part> {
+    registers.load(to, value);
+    None
+}
+
+fn act(expression: &Expression, registers: &Registers, family: Family) -> Part {
+    let act = match expression {
+        Expression::Meta { key: 3, from: Some(from), .. } => set_mark(&registers.get(*from)),
+        Expression::Ct { key: 3, from: Some(_), .. } => Act::Nothing("ct mark set …".into()),
+        Expression::Nat { kind, family, addresses, ports, flags } => {
+            nat(registers, *kind, *family, *addresses, *ports, *flags)
+        }
+        Expression::Masquerade { redirect, ports, flags } => Act::Nat(Nat {
+            kind: if *redirect { NatKind::Redirect } else { NatKind::Masquerade },
+            flags: *flags,
+            addresses: None,
+            ports: ports.and_then(|(least, most)| port(registers, least).zip(port(registers, most))),
+            dynamic: None,
+        }),
+        Expression::Match(xt) => return Part::Test(xt::test(&xt.name, xt.revision, &xt.info)),
+        Expression::Target(xt) => match &*xt.name {
+            // With the arptables and ebtables verdicts aside, compat has these as immediates.
+            "" => Act::Unknown("standard target".into()),
+            name => xt::act(name, xt.revision, &xt.info, family == Family::Ip6),
+        },
+        Expression::Other { name } => return other(name),
+        // Writing to the packet, to priority, and so on.
+        Expression::Meta { .. } | Expression::Ct { .. } | Expression::Payload { .. } => Act::Nothing("set …".into()),
+        _ => Act::Unknown("expression".into()),
+    };
+    Part::Act(act)
+}
+
+/// Statements that load no register. A limit breaks off the rule when it is exceeded.
+fn other(name: &str) -> Part {
+    match name {
+        "counter" | "log" | "notrack" | "dynset" | "dup" | "last" | "objref" | "flow_offload" | "secmark" => {
+            Part::Act(Act::Nothing(name.into()))
+        }
+        "limit" | "quota" | "connlimit" => Part::Test(Test::Chance(name.into())),
+        "reject" => Part::Act(Act::Verdict(Verdict::Drop)),
+        "queue" => Part::Act(Act::Verdict(Verdict::Queue)),
+        // Whatever it is: it may break off the rule, and it may end the traversal.
+        name => Part::Act(Act::Unknown(name.into())),
+    }
+}
+
+fn meta(key: u32) -> Value {
+    let (source, len) = match key {
+        1 => (Source::Protocol, 2),
+        3 => (Source::Mark, 4),
+        4 => (Source::DeviceIndex(Side::Source), 4),
+        5 => (Source::DeviceIndex(Side::Destination), 4),
+        6 => (Source::DeviceName(Side::Source), 16),
+        7 => (Source::DeviceName(Side::Destination), 16),
+        15 => (Source::NfProto, 1),
+        16 => (Source::L4Proto, 1),
+        10 => (Source::Other("meta skuid".into()), 4),
+        11 => (Source::Other("meta skgid".into()), 4),
+        0 => (Source::Other("meta length".into()), 4),
+        19 => (Source::Other("meta pkttype".into()), 1),
+        23 => (Source::Other("meta cgroup".into()), 4),
+        24 => (Source::Other("meta random".into()), 4),
+        key => (Source::Other(format!("meta key {key}").into()), 4),
+    };
+    plain(source, len)
+}
+
+fn ct(key: u32) -> Value {
+    let (source, len) = match key {
+        0 => (Source::CtState, 4),
+        3 => (Source::CtMark, 4),
+        1 => (Source::Other("ct direction".into()), 1),
+        2 => (Source::Other("ct status".into()), 4),
+        key => (Source::Other(format!("ct key {key}").into()), 4),
+    };
+    plain(source, len)
+}
+
+fn payload(base: u32, offset: u32, len: u32) -> Value {
+    let len = u8::try_from(len).unwrap_or(u8::MAX);
+    match base {
+        1 | 2 => plain(Source::Payload { transport: base == 2, offset }, len),
+        base => plain(Source::Other(format!("payload base {base} offset {offset}").into()), len),
+    }
+}
+
+/// `NFT_FIB_RESULT_ADDRTYPE` is 3; flags: source, destination, mark, iif, oif.
+fn fib(result: u32, flags: u32) -> Value {
+    let side = match flags & 3 {
+        1 => Some(Side::Source),
+        2 => Some(Side::Destination),
+        _ => None,
+    };
+    let device = match flags & 0x18 {
+        8 => Some(Side::Source),
+        0x10 => Some(Side::Destination),
+        _ => None,
+    };
+    match side {
+        Some(side) if result == 3 && flags & !0x1b == 0 => plain(Source::AddrType { side, device }, 4),
+        _ => plain(Source::Other("fib".into()), 4),
+    }
+}
+
+fn compare(value: Value, op: u32, with: &[u8]) -> Test {
+    let op = match op {
+        0 => Op::Eq,
+        1 => Op::Ne,
+        2 => Op::Lt,
+        3 => Op::Le,
+        4 => Op::Gt,
+        5 => Op::Ge,
+        op => return Test::Unknown(format!("cmp operation {op}").into()),
+    };
+    Test::Compare { value, op, with: with.into() }
+}
+
+fn lookup(
+    registers: &mut Registers,
+    key: Box<[Value]>,
+    set: &str,
+    to: Option<Option<usize>>,
+    invert: bool,
+) -> Option<Part> {
+    match to {
+        None => Some(Part::Test(Test::Lookup { key, set: set.into(), invert })),
+        Some(None) => Some(Part::Act(Act::VerdictMap { key, map: set.into() })),
+        // The rule goes on only if there is an element.
+        Some(Some(to)) => {
+            registers.load(to, plain(Source::Other(format!("map @{set}").into()), 4));
+            Some(Part::Test(Test::Lookup { key, set: set.into(), invert: false }))
+        }
+    }
+}
+
+/// `meta mark set`: of the mark itself, of a constant, or of something else.
+fn set_mark(value: &Value) -> Act {
+    let word = |bytes: &[u8]| bytes.try_into().ok().map(u32::from_ne_bytes);
+    match (&value.source, &*value.changes) {
+        (Source::Constant(bytes), []) => match word(bytes) {
+            Some(xor) => Act::SetMark { and: 0, xor },
+            None => Act::SetMarkFrom("meta mark set …".into()),
+        },
+        (Source::Mark, changes) => {
+            let (mut and, mut xor) = (u32::MAX, 0);
+            for change in changes {
+                let bits = match change {
+                    Change::Bits { and, xor } => word(and).zip(word(xor)),
+                    Change::Swap(_) | Change::Unknown => None,
+                };
+                let Some((more_and, more_xor)) = bits else { return Act::SetMarkFrom("meta mark set …".into()) };
+                and &= more_and;
+                xor = (xor & more_and) ^ more_xor;
+            }
+            Act::SetMark { and, xor }
+        }
+        (Source::CtMark, []) => Act::SetMarkFrom("meta mark set ct mark".into()),
+        _ => Act::SetMarkFrom("meta mark set …".into()),
+    }
+}
+
+fn port(registers: &Registers, at: usize) -> Option<u16> {
+    registers.constant(at)?.first_chunk().map(|bytes| u16::from_be_bytes(*bytes))
+}
+
+fn nat(
+    registers: &Registers,
+    kind: u32,
+    family: u32,
+    addresses: Option<(usize, usize)>,
+    ports: Option<(usize, usize)>,
+    flags: u32,
+) -> Act {
+    let address = |at: usize| {
+        let bytes = registers.constant(at)?;
+        let fields = xt::Fields(&bytes);
+        if family == 10 { fields.v6(0) } else { fields.v4(0) }
+    };
+    let known = addresses.and_then(|(least, most)| address(least).zip(address(most)));
+    Act::Nat(Nat {
+        kind: if kind == 0 { NatKind::Snat } else { NatKind::Dnat },
+        flags,
+        addresses: known,
+        ports: ports.and_then(|(least, most)| port(registers, least).zip(port(registers, most))),
+        dynamic: (known.is_none() && addresses.is_some()).then(|| "…".into()),
+    })
+}
