@@ -23,7 +23,7 @@ const PROTOCOL: u8 = 7;
 const NFGENMSG: usize = 4;
 
 /// Attributes, the same file.
-mod ipset {
+mod attr {
     pub(super) const PROTOCOL: u16 = 1;
     pub(super) const SETNAME: u16 = 2;
     pub(super) const TYPENAME: u16 = 3;
@@ -80,15 +80,15 @@ pub struct Element {
 /// `EPERM` without CAP_NET_ADMIN; `EINVAL` if the kernel has no ipset, or one that does not tell numbers; otherwise see
 /// [`Socket::dump`].
 pub fn list(socket: &mut Socket, name: Option<&str>) -> Result<Vec<Set>, Error> {
-    let mut attributes = vec![DefaultNla::new(ipset::PROTOCOL, vec![PROTOCOL])];
+    let mut attributes = vec![DefaultNla::new(attr::PROTOCOL, vec![PROTOCOL])];
     match name {
         Some(name) => {
             let mut bytes = name.as_bytes().to_vec();
             bytes.push(0);
-            attributes.push(DefaultNla::new(ipset::SETNAME, bytes));
+            attributes.push(DefaultNla::new(attr::SETNAME, bytes));
         }
         // NLA_F_NET_BYTEORDER
-        None => attributes.push(DefaultNla::new(ipset::FLAGS | 0x4000, WITHOUT_ELEMENTS.to_be_bytes().to_vec())),
+        None => attributes.push(DefaultNla::new(attr::FLAGS | 0x4000, WITHOUT_ELEMENTS.to_be_bytes().to_vec())),
     }
     let message = NetfilterMessage::new(
         NetfilterHeader::new(NetfilterProtoFamily::IPv4, 0, 0),
@@ -101,12 +101,12 @@ fn decode(reply: Reply<'_>) -> Option<Set> {
     let mut set = Set::default();
     for (kind, value) in attributes_after(NFGENMSG, reply.payload) {
         match kind {
-            ipset::SETNAME => set.name = value.text(),
-            ipset::TYPENAME => set.kind = value.text(),
-            ipset::INDEX => set.index = value.u16_be(),
-            ipset::ADT => set
+            attr::SETNAME => set.name = value.text(),
+            attr::TYPENAME => set.kind = value.text(),
+            attr::INDEX => set.index = value.u16_be(),
+            attr::ADT => set
                 .elements
-                .extend(value.nested().filter(|(kind, _)| *kind == ipset::DATA).map(|(_, value)| element(value))),
+                .extend(value.nested().filter(|(kind, _)| *kind == attr::DATA).map(|(_, value)| element(value))),
             _ => {}
         }
     }
@@ -118,13 +118,13 @@ fn element(value: Value<'_>) -> Element {
     let address = |value: Value<'_>| attributes(value.0).find_map(|(_, value)| value.ip());
     for (kind, value) in value.nested() {
         match kind {
-            ipset::IP => found.addresses[0] = address(value),
-            ipset::IP2 => found.addresses[1] = address(value),
-            ipset::CIDR => found.prefixes[0] = value.u8(),
-            ipset::CIDR2 => found.prefixes[1] = value.u8(),
-            ipset::PORT => found.port = value.u16_be(),
-            ipset::PROTO => found.protocol = value.u8(),
-            ipset::CADT_FLAGS => found.except = value.u32_be().is_some_and(|flags| flags & NOMATCH != 0),
+            attr::IP => found.addresses[0] = address(value),
+            attr::IP2 => found.addresses[1] = address(value),
+            attr::CIDR => found.prefixes[0] = value.u8(),
+            attr::CIDR2 => found.prefixes[1] = value.u8(),
+            attr::PORT => found.port = value.u16_be(),
+            attr::PROTO => found.protocol = value.u8(),
+            attr::CADT_FLAGS => found.except = value.u32_be().is_some_and(|flags| flags & NOMATCH != 0),
             _ => {}
         }
     }

@@ -37,7 +37,7 @@ impl MarkChange {
     /// It clears all of these bits if they are set.
     #[must_use]
     pub const fn clears(&self, bits: u32) -> bool {
-        ((u32::MAX & self.and) ^ self.xor) & bits == 0
+        (self.and ^ self.xor) & bits == 0
     }
 }
 

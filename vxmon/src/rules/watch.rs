@@ -162,9 +162,8 @@ impl Reader {
         }
         if woken {
             let mut bytes = [0; 64];
-            match self.waken.read(&mut bytes) {
-                Ok(0) => return false,
-                Ok(_) | Err(_) => {}
+            if matches!(self.waken.read(&mut bytes), Ok(0)) {
+                return false;
             }
             if self.looked.elapsed() >= LOOK {
                 self.look();
