@@ -152,8 +152,8 @@ fn a_decoy_is_not_named() -> Result<()> {
                   oifname \"uplink\" meta mark & 0xc000 == 0x8000 masquerade fully-random; \
                   udp dport { 53, 4789, 9000-9999 } masquerade fully-random; \
                   ip daddr { 10.0.101.0/24, 10.0.100.16-10.0.100.20 } oifname \"uplink\" masquerade fully-random; \
-                  oifname \"uplink\" fib daddr type local masquerade fully-random; } }\n\
-                  table ip6 decoy { chain post { type nat hook postrouting priority 90; masquerade fully-random; } }\n";
+                  oifname \"uplink\" fib daddr type local masquerade fully-random; }; }\n\
+                  table ip6 decoy { chain post { type nat hook postrouting priority 90; masquerade fully-random; }; }\n";
     for backend in Backend::ALL {
         let lab = LabOptions::default().build()?;
         for program in ["iptables-legacy-restore", "iptables-nft-restore"] {
@@ -262,7 +262,7 @@ fn kube_proxys_nftables_mode() -> Result<()> {
     let lab = LabOptions::default().build()?;
     give(&lab.a, "nft", &["-f", "-"], KUBE_PROXY)?;
     let snat = "table ip first { chain post { type nat hook postrouting priority 90; \
-                oifname \"flannel.1\" ip daddr 10.244.0.0/16 snat to 10.244.0.0 comment \"pods\"; } }\n";
+                oifname \"flannel.1\" ip daddr 10.244.0.0/16 snat to 10.244.0.0 comment \"pods\"; }; }\n";
     give(&lab.a, "nft", &["-f", "-"], snat)?;
     says(
         &anomaly(&lab)?,
@@ -449,7 +449,9 @@ fn rules_are_rendered_as_the_tools_do() -> Result<()> {
         .flat_map(chain_rules)
         .collect();
     ensure!(listed.len() > 20, "{listed:#?}");
-    same(&rendered(Home::Nftables), &listed)
+    // Of sets without a name those that POSTROUTING does not ask are not read.
+    let read = |rules: BTreeSet<String>| rules.into_iter().filter(|rule| !rule.starts_with("numgen")).collect();
+    same(&read(rendered(Home::Nftables)), &read(listed))
 }
 
 /// The rules in what nft lists of a table, without counters.
@@ -530,7 +532,7 @@ const NFT: &str = r#"table ip t {
 		ip daddr 10.0.0.0/9 counter return; ct mark 3 return; iifname "foo*" return; fib daddr type local th dport 1-1024 return;
 	}
 }
-table ip6 t { chain post { type nat hook postrouting priority 100; ip6 saddr fd00:244::/48 ip6 daddr != ff00::/8 masquerade fully-random; } }
+table ip6 t { chain post { type nat hook postrouting priority 100; ip6 saddr fd00:244::/48 ip6 daddr != ff00::/8 masquerade fully-random; }; }
 table inet t { chain post { type nat hook postrouting priority 105;
-	ip saddr 10.0.0.0/8 masquerade; ip6 saddr fd00::/8 udp dport 53 snat ip6 to fd00::1; meta nfproto ipv4 masquerade fully-random; } }
+	ip saddr 10.0.0.0/8 masquerade; ip6 saddr fd00::/8 udp dport 53 snat ip6 to fd00::1; meta nfproto ipv4 masquerade fully-random; }; }
 "#;

@@ -42,6 +42,7 @@ const LAB_PROGRAMS: [(&str, &str); 13] = [
     ("curl", "curl"),
     ("python3", "python3"),
     ("iperf3", "iperf3"),
+    ("ipset", "ipset"),
 ];
 
 /// What `cargo xtask vm` calls, or a file that it needs, and the Debian package of each.

@@ -82,7 +82,7 @@ fn latency(table: &mut Table) -> Result<()> {
 }
 
 /// Seconds since 1970 of an event that is not older than a day.
-fn time_of(event: &Value) -> Result<f64> {
+pub fn time_of(event: &Value) -> Result<f64> {
     let text = event["ts"].as_str().context("no ts")?;
     let parse = || {
         let (_, time) = text.trim_end_matches('Z').split_once('T')?;

@@ -4,6 +4,7 @@
 
 mod daemon;
 mod program;
+mod rules;
 mod stats;
 mod table;
 mod traffic;
@@ -23,9 +24,13 @@ fn main() -> Result<()> {
     }
     cleanup::on_interrupt()?;
     let mut table = Table::new();
-    let parts: [(&str, Part); 3] =
-        [("program", program::measure), ("traffic", traffic::measure), ("daemon", daemon::measure)];
-    // One of the three alone, for whoever tunes it.
+    let parts: [(&str, Part); 4] = [
+        ("program", program::measure),
+        ("traffic", traffic::measure),
+        ("daemon", daemon::measure),
+        ("rules", rules::measure),
+    ];
+    // One of them alone, for whoever tunes it.
     let only = std::env::var("VXMON_BENCH_ONLY").unwrap_or_default();
     for (_, measure) in parts.iter().filter(|(name, _)| only.is_empty() || only == *name) {
         measure(&mut table)?;

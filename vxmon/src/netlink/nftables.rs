@@ -215,6 +215,12 @@ fn decode_rule(reply: Reply<'_>) -> Option<Rule> {
     Some(Rule { family, table: table?, chain: chain?, handle: handle?, expressions, comment })
 }
 
+/// A rule from a message's payload.
+#[cfg(test)]
+pub(crate) fn decode_golden(payload: &[u8]) -> Option<Rule> {
+    decode_rule(Reply { kind: u16::from(SUBSYSTEM) << 8 | 6, payload })
+}
+
 /// libnftnl's own encoding of user data: type, length, value; type 0 is the comment.
 fn decode_comment(mut bytes: &[u8]) -> Option<String> {
     while let [kind, length, rest @ ..] = bytes {

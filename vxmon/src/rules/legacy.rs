@@ -160,10 +160,15 @@ fn info(family: Family, name: &str) -> Result<Info, Error> {
     let mut buffer = [0; INFO];
     put_name(&mut buffer, name);
     get(family, GET_INFO, &mut buffer).map_err(|error| call_error("ask for the size", family, name, error))?;
-    let fields = Fields(&buffer);
+    Ok(decode_info(&buffer))
+}
+
+/// struct ipt_getinfo; ip6t_getinfo is the same.
+fn decode_info(buffer: &[u8]) -> Info {
+    let fields = Fields(buffer);
     let five = |at: usize| [0, 1, 2, 3, 4].map(|hook| fields.u32(at + 4 * hook).unwrap_or(0));
     let word = |at: usize| fields.u32(at).unwrap_or(0);
-    Ok(Info { hooks: word(NAME), entry: five(36), underflow: five(56), entries: word(76), size: word(80) })
+    Info { hooks: word(NAME), entry: five(36), underflow: five(56), entries: word(76), size: word(80) }
 }
 
 fn entries(family: Family, name: &str) -> Result<(Info, Vec<u8>), Error> {
@@ -444,7 +449,9 @@ fn header_tests(layout: &Layout, family: Family, ip: Fields<'_>) -> Vec<Test> {
             && mask.iter().any(|byte| *byte != 0)
         {
             let covered = mask.iter().take_while(|byte| **byte != 0).count();
-            let name = if covered > name.len() { name } else { name + "+" };
+            // iptables leaves the `+` in the name, and out of the mask.
+            let beginning = name.get(..covered).map(|name| format!("{name}+"));
+            let name = beginning.unwrap_or(name);
             tests.push(Test::Device { side, name: name.into(), invert: inverted(bit) });
         }
     }
@@ -464,6 +471,45 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    fn bytes(hex: &str) -> Vec<u8> {
+        let digits: Vec<u8> = hex.chars().map(|digit| digit.to_digit(16).unwrap() as u8).collect();
+        digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect()
+    }
+
+    /// A real table of each family, against what iptables-legacy-save prints of it.
+    #[test]
+    fn a_table_is_what_the_tools_print() {
+        for (family, golden) in
+            [(Family::Ip, include_str!("golden/legacy-ip.txt")), (Family::Ip6, include_str!("golden/legacy-ip6.txt"))]
+        {
+            let mut lines = golden.lines().filter(|line| !line.starts_with('#'));
+            let info = decode_info(&bytes(lines.next().unwrap()));
+            let blob = bytes(lines.next().unwrap());
+            assert_eq!(info.size as usize, blob.len());
+            let table = parse(family, "nat", &info, &blob).unwrap();
+            let rendered: Vec<String> = table
+                .chains
+                .iter()
+                .flat_map(|chain| chain.rules.iter().map(|rule| super::super::render::rule(&table, chain, rule)))
+                .collect();
+            let printed: Vec<&str> = lines.collect();
+            for (rendered, printed) in rendered.iter().zip(&printed) {
+                assert_eq!(rendered, printed);
+            }
+            assert_eq!(rendered.len(), printed.len());
+            let bases: Vec<_> =
+                table.chains.iter().filter_map(|chain| Some((&*chain.name, chain.base?.priority))).collect();
+            assert_eq!(bases, [("PREROUTING", -100), ("INPUT", 100), ("OUTPUT", -100), ("POSTROUTING", 100)]);
+            // A change of one byte of a rule is another table; one of a counter is not.
+            let layout = Layout::of(family);
+            let mut changed = blob.clone();
+            changed[layout.counters] ^= 1;
+            assert_eq!(hash(family, &blob), hash(family, &changed));
+            changed[0] ^= 1;
+            assert_ne!(hash(family, &blob), hash(family, &changed));
+        }
+    }
 
     proptest! {
         /// Whatever the kernel answers, reading it ends with a table or an error.

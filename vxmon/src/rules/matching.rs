@@ -386,7 +386,7 @@ fn step(table: &Table, verdict: &Verdict) -> Step {
     match verdict {
         // What is queued comes back accepted, or not at all.
         Verdict::Accept | Verdict::Queue => Step::End,
-        Verdict::Drop => Step::Gone,
+        Verdict::Drop | Verdict::Reject => Step::Gone,
         Verdict::Return => Step::Return,
         Verdict::Continue => Step::Next,
         Verdict::Jump(chain) => table.by_name.get(chain).map_or(Step::Next, |chain| Step::To(*chain, true)),

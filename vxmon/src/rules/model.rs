@@ -387,6 +387,8 @@ pub enum Verdict {
     Accept,
     /// Dropped.
     Drop,
+    /// Dropped, and its sender told.
+    Reject,
     /// To a userspace queue.
     Queue,
     /// Back to the calling chain.

@@ -404,7 +404,7 @@ fn other(name: &str) -> Part {
             Part::Act(Act::Nothing(name.into()))
         }
         "limit" | "quota" | "connlimit" => Part::Test(Test::Chance(name.into())),
-        "reject" => Part::Act(Act::Verdict(Verdict::Drop)),
+        "reject" => Part::Act(Act::Verdict(Verdict::Reject)),
         "queue" => Part::Act(Act::Verdict(Verdict::Queue)),
         // Whatever it is: it may break off the rule, and it may end the traversal.
         name => Part::Act(Act::Unknown(name.into())),
@@ -551,4 +551,90 @@ fn nat(
         ports: ports.and_then(|(least, most)| port(registers, least).zip(port(registers, most))),
         dynamic: (known.is_none() && addresses.is_some()).then(|| "…".into()),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rules::render;
+
+    fn bytes(hex: &str) -> Vec<u8> {
+        let digits: Vec<u8> = hex.chars().map(|digit| digit.to_digit(16).unwrap() as u8).collect();
+        digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect()
+    }
+
+    /// Rules as the tools print them, and their messages.
+    fn golden(text: &str) -> Vec<(&str, wire::Rule)> {
+        let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+        lines.chunks_exact(2).map(|pair| (pair[0], wire::decode_golden(&bytes(pair[1])).unwrap())).collect()
+    }
+
+    fn rendered(backend: Backend, rule: wire::Rule) -> String {
+        let mut table = Table::new(backend, family(rule.family).unwrap(), &rule.table);
+        let index = table.chain(&rule.chain);
+        add_rule(&mut table, rule);
+        let chain = &table.chains[index];
+        render::rule(&table, chain, &chain.rules[0])
+    }
+
+    #[test]
+    fn native_rules_are_what_nft_prints() {
+        let mut sets = 0;
+        for (text, rule) in golden(include_str!("golden/nft.txt")) {
+            // The lengths of their keys come with the sets.
+            if text.contains(" . ") {
+                sets += 1;
+                continue;
+            }
+            assert_eq!(rendered(Backend::Nftables, rule), text);
+        }
+        assert_eq!(sets, 5);
+    }
+
+    #[test]
+    fn rules_of_iptables_nft_are_what_it_prints() {
+        for (text, rule) in golden(include_str!("golden/iptables-nft.txt")) {
+            assert_eq!(rendered(Backend::IptablesNft, rule), text);
+        }
+    }
+
+    /// Bytes changed anywhere: read as something, or left out.
+    #[test]
+    fn a_changed_message_is_read_or_left_out() {
+        let text = include_str!("golden/iptables-nft.txt");
+        let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+        for pair in lines.chunks_exact(2) {
+            let message = bytes(pair[1]);
+            for at in 0..message.len() {
+                for byte in [0, 1, 0x7f, 0xff] {
+                    let mut changed = message.clone();
+                    changed[at] = byte;
+                    if let Some(rule) = wire::decode_golden(&changed)
+                        && family(rule.family).is_some()
+                    {
+                        let _ = rendered(Backend::IptablesNft, rule);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn ends_of_intervals_are_put_to_their_beginnings() {
+        let element =
+            |key: &[u8], ends_interval| wire::Element { key: key.into(), key_end: None, ends_interval, data: None };
+        // As the kernel dumps { 10.1.0.0/16, 10.3.0.1-10.3.0.9 }: backwards, and with an end at the very beginning.
+        let wire = vec![
+            element(&[10, 3, 0, 10], true),
+            element(&[10, 3, 0, 1], false),
+            element(&[10, 2, 0, 0], true),
+            element(&[10, 1, 0, 0], false),
+            element(&[0, 0, 0, 0], true),
+        ];
+        let arranged: Vec<_> = arrange(wire, true).into_iter().map(|one| (one.key, one.end.unwrap())).collect();
+        assert_eq!(
+            arranged,
+            [([10, 1, 0, 0].into(), [10, 1, 255, 255].into()), ([10, 3, 0, 1].into(), [10, 3, 0, 9].into())]
+        );
+    }
 }

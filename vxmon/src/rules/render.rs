@@ -188,6 +188,7 @@ fn iptables_act(act: &Act) -> String {
         Act::Verdict(verdict) => match verdict {
             Verdict::Accept => "-j ACCEPT".to_owned(),
             Verdict::Drop => "-j DROP".to_owned(),
+            Verdict::Reject => "-j REJECT".to_owned(),
             Verdict::Queue => "-j QUEUE".to_owned(),
             Verdict::Return => "-j RETURN".to_owned(),
             Verdict::Continue => String::new(),

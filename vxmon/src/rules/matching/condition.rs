@@ -50,6 +50,8 @@ impl Truth {
 
 /// `RTN_LOCAL`, include/uapi/linux/rtnetlink.h.
 const RTN_LOCAL: u32 = 2;
+/// `NF_CT_STATE_BIT(IP_CT_NEW)`.
+const NEW: u32 = 1 << 3;
 
 /// Whether a condition of a rule in `table` holds for the packet, whose mark is now `mark`.
 pub(super) fn holds(test: &Test, table: &Table, packet: &Packet, mark: Option<u32>, world: &World) -> Truth {
@@ -100,11 +102,11 @@ pub(super) fn holds(test: &Test, table: &Table, packet: &Packet, mark: Option<u3
             };
             one(Side::Source, *source).invert(invert.0).and(one(Side::Destination, *destination).invert(invert.1))
         }
-        // NAT is asked for new connections only (NEW 8), or such that belong to another one (RELATED 4).
-        Test::State { mask, invert, .. } => match mask & 0xc {
-            0xc => Truth::Yes,
-            0 if mask & !0x3 == 0 => Truth::No,
-            _ => Truth::Unknown,
+        // NAT is asked for the first packet of a connection: NEW. Whether it has NAT (bits 6 and 7) shows later.
+        Test::State { mask, invert, .. } => match u32::from(*mask) & NEW {
+            0 if mask & 0xc0 != 0 => Truth::Unknown,
+            0 => Truth::No,
+            _ => Truth::Yes,
         }
         .invert(*invert),
         Test::IpSet { index, sides, invert, more: false, .. } => {
@@ -215,8 +217,8 @@ fn bytes(value: &Value, packet: &Packet, mark: Option<u32>, world: &World) -> Op
             .then_some(RTN_LOCAL)?
             .to_ne_bytes()
             .to_vec(),
+        Source::CtState => NEW.to_ne_bytes().to_vec(),
         Source::CtMark
-        | Source::CtState
         | Source::DeviceIndex(_)
         | Source::DeviceName(_)
         | Source::AddrType { .. }

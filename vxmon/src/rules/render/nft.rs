@@ -113,6 +113,12 @@ impl Context<'_> {
     }
 
     fn comparison(&self, value: &Value, op: Op, with: &[u8]) -> String {
+        // `ct state new` is asked as `ct state & new != 0`.
+        if let (Source::CtState, Op::Ne, [Change::Bits { and, .. }], [0, 0, 0, 0]) =
+            (&value.source, op, &*value.changes, with)
+        {
+            return format!("{} {}", self.name(value), self.constant(value, and));
+        }
         let masked = value.changes.iter().any(|change| matches!(change, Change::Bits { .. }));
         // An address under the mask of a prefix.
         if let (Some(text), Op::Eq | Op::Ne) = (self.network(value, with), op) {
@@ -223,7 +229,7 @@ impl Context<'_> {
             return match offset {
                 0 => format!("{protocol} sport"),
                 2 => format!("{protocol} dport"),
-                offset => format!("@th,{}", 8 * offset),
+                offset => format!("@th,{}", u64::from(offset) * 8),
             };
         }
         let known = match (self.family, offset) {
@@ -235,7 +241,7 @@ impl Context<'_> {
             (Family::Ip6, 6) => Some("ip6 nexthdr"),
             _ => None,
         };
-        known.map_or_else(|| format!("@nh,{}", 8 * offset), str::to_owned)
+        known.map_or_else(|| format!("@nh,{}", u64::from(offset) * 8), str::to_owned)
     }
 
     /// An address or network, where the value is one, as the kernel compares it: only its first bytes, or under a mask.
@@ -345,6 +351,7 @@ fn verdict(verdict: &Verdict) -> String {
     match verdict {
         Verdict::Accept => "accept".to_owned(),
         Verdict::Drop => "drop".to_owned(),
+        Verdict::Reject => "reject".to_owned(),
         Verdict::Queue => "queue".to_owned(),
         Verdict::Return => "return".to_owned(),
         Verdict::Continue => "continue".to_owned(),
