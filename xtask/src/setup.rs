@@ -28,7 +28,7 @@ pub enum Scope {
 }
 
 /// Programs that the lab and the tests call, and the Debian package of each.
-const LAB_PROGRAMS: [(&str, &str); 13] = [
+const LAB_PROGRAMS: [(&str, &str); 14] = [
     ("ip", "iproute2"),
     ("bridge", "iproute2"),
     ("tc", "iproute2"),

@@ -33,7 +33,7 @@ pub fn measure(table: &mut Table) -> Result<()> {
         lab.rules(&Rules { backend, ..Rules::default() })?;
         many(&lab.a, backend)?;
         reading(table, &lab, name)?;
-        events(table, &lab, name)?;
+        events(table, &lab)?;
     }
     Ok(())
 }
@@ -110,7 +110,7 @@ fn outer() -> Packet {
 }
 
 /// How long a bad packet takes to its line while the rules are changed, and therefore read, all the time.
-fn events(table: &mut Table, lab: &Lab, name: &str) -> Result<()> {
+fn events(table: &mut Table, lab: &Lab) -> Result<()> {
     let vxmon = Vxmon::attach_to(&lab.a, 2, &["--format", "json"])?;
     let ready = vxmon.ready_after.as_secs_f64() * 1e3;
     let ended = AtomicBool::new(false);
