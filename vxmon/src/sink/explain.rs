@@ -199,7 +199,7 @@ fn mark(anomaly: &Anomaly) -> Option<Part> {
         Some("old-rule-first") => {
             format!("{survived}: {} clears it, but the rule named above comes first", cleared_by())
         }
-        Some("snat-ahead") => {
+        Some("snat-ahead" | "return-ahead") => {
             let ahead = nat.and_then(|nat| nat.ahead.as_ref()).map_or("another rule".to_owned(), rule_text);
             format!("{survived}: {} clears it, but {ahead} ends the inner packet's way before", cleared_by())
         }
@@ -303,7 +303,7 @@ fn cure(anomaly: &Anomaly) -> Part {
             command: nat.and_then(deletion),
             ..part("cure", "the rules that clear the mark are there; the old one before them must go")
         },
-        Some("snat-ahead") => {
+        Some("snat-ahead" | "return-ahead") => {
             part("cure", "the rule ahead must come after the one that clears the mark, or leave marked packets alone")
         }
         Some("no-mark") => {
