@@ -19,7 +19,7 @@ use vxmon::source::{
     tc::Table as Bytes,
 };
 use vxmon_common::{
-    config::{self, Config, Device, Devices, port_flag, skb_access},
+    config::{self, Config, Device, Devices, device_flag, port_flag, skb_access},
     judge::{self, Finding, Outcome, Skb, State, Surroundings},
     packet::Bytes as PacketBytes,
 };
@@ -55,6 +55,8 @@ enum Variant {
     Chunks,
     /// The skb's metadata has to be copied.
     Copied,
+    /// Everything; and some connection's recovery is waited for, so that each good packet is looked up.
+    Following,
 }
 
 struct Case {
@@ -68,9 +70,10 @@ struct Case {
 
 fn costs(table: &mut Table) -> Result<()> {
     let layout = Layout::detect();
-    let whole_mtu = load(&layout, Config { csum_chunk: 4096, ..layout.config })?;
-    let chunks = load(&layout, Config { csum_chunk: 512, ..layout.config })?;
-    let copied = load(&layout, Config { csum_chunk: 4096, has_skb: skb_access::COPY, ..layout.config })?;
+    let whole_mtu = load(&layout, Config { csum_chunk: 4096, ..layout.config }, 0)?;
+    let chunks = load(&layout, Config { csum_chunk: 512, ..layout.config }, 0)?;
+    let copied = load(&layout, Config { csum_chunk: 4096, has_skb: skb_access::COPY, ..layout.config }, 0)?;
+    let following = load(&layout, Config { csum_chunk: 4096, ..layout.config }, device_flag::FOLLOW)?;
     let (cases, small) = (cases(), vxlan(18, OuterSum::Right));
 
     let mut empty = Vec::new();
@@ -82,6 +85,7 @@ fn costs(table: &mut Table) -> Result<()> {
                 Variant::WholeMtu => &whole_mtu,
                 Variant::Chunks => &chunks,
                 Variant::Copied => &copied,
+                Variant::Following => &following,
             };
             let time = run(object, case.program, &case.packet, case.cb)?;
             // The first one warms up.
@@ -138,6 +142,11 @@ fn cases() -> Vec<Case> {
             cb: [PARTIAL_AND_READ, INNER_L4, 6, 0, 0],
             ..whole("", 25.0, Vec::new())
         },
+        Case {
+            object: Variant::Following,
+            limit: Limit::None,
+            ..whole("  while a recovery is waited for", 0.0, vxlan(1500 - 78, OuterSum::Zero))
+        },
         whole("full sum of 1500 bytes, linear", 80.0, mtu()),
         Case {
             object: Variant::Chunks,
@@ -176,7 +185,7 @@ fn lco() -> Vec<u8> {
     packet
 }
 
-fn load(layout: &Layout, config: Config) -> Result<Ebpf> {
+fn load(layout: &Layout, config: Config, flags: u32) -> Result<Ebpf> {
     let mut ebpf = EbpfLoader::new()
         .btf(None)
         .verifier_log_level(VerifierLogLevel::STATS)
@@ -192,7 +201,7 @@ fn load(layout: &Layout, config: Config) -> Result<Ebpf> {
     let mut ports = Box::new(Bytes([0; 1 << 16]));
     ports.0[usize::from(PORT.to_be())] = port_flag::TUNNEL;
     Array::<_, Bytes>::try_from(ebpf.map_mut(config::PORTS_MAP).context("no ports")?)?.set(0, *ports, 0)?;
-    let device = Device { ifindex: LOOPBACK, ..Device::default() };
+    let device = Device { ifindex: LOOPBACK, flags, ..Device::default() };
     let mut devices = Devices([Device::default(); config::SLOTS as usize]);
     devices.0[1] = device;
     Array::<_, Devices>::try_from(ebpf.map_mut(config::DEVICES_MAP).context("no devices")?)?.set(0, devices, 0)?;
