@@ -178,6 +178,27 @@ fn a_query_gets_through_when_offload_is_turned_off() -> Result<()> {
     Ok(())
 }
 
+/// Without eBPF too, though the mark, and so what to expect, is not seen there.
+#[test]
+fn a_recovery_is_seen_by_packet_sockets() -> Result<()> {
+    if !skip::root_or_skip("a_recovery_is_seen_by_packet_sockets") {
+        return Ok(());
+    }
+    let lab = build(true, 30, 4)?;
+    let _http = HttpServer::start(&lab.b, lab.pod_socket(Family::V4))?;
+    let vxmon = Vxmon::attach_to(&lab.a, 2, &[&JSON[..], &["--engine", "packet-socket"]].concat())?;
+    traffic::http_get(&lab.a, lab.service_socket(Family::V4), Duration::from_secs(20))?;
+    let _ = vxmon.wait_type("recovered", 1, Duration::from_secs(3));
+    let finished = vxmon.stop()?;
+    finished.adds_up()?;
+    let recovered = the_one(&finished, "recovered")?;
+    ensure!(recovered["outcome"] == "connected" && recovered["by"] == "source-port", "{recovered}");
+    ensure!(recovered["bad_syns"] == 1 && recovered["bad_packets"] == 1, "{recovered}");
+    ensure!(finished.events.len() == 1 && finished.events[0]["flow"]["attempt"] == 1, "{:#?}", finished.events);
+    ensure!(finished.events[0]["flow"].get("expected_recovery").is_none(), "{:#?}", finished.events);
+    Ok(())
+}
+
 #[test]
 fn a_connection_that_gives_up_is_told_so() -> Result<()> {
     if !skip::root_or_skip("a_connection_that_gives_up_is_told_so") {

@@ -145,7 +145,7 @@ fn cases() -> Vec<Case> {
         Case {
             object: Variant::Following,
             limit: Limit::None,
-            ..whole("  while a recovery is waited for", 0.0, vxlan(1500 - 78, OuterSum::Zero))
+            ..whole("header only: zero, while a recovery is waited for", 0.0, vxlan(1500 - 78, OuterSum::Zero))
         },
         whole("full sum of 1500 bytes, linear", 80.0, mtu()),
         Case {
