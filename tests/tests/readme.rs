@@ -71,7 +71,11 @@ fn shape(line: &str) -> String {
             _ => word.to_owned(),
         }
     };
-    line.split(' ').map(word).collect::<Vec<_>>().join(" ")
+    let line = line.split(' ').map(word).collect::<Vec<_>>().join(" ");
+    // A rule's handle counts the rules made before it.
+    let mut parts = line.split("handle ");
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |line, rest| format!("{line}handle {}", rest.trim_start_matches(|c: char| c.is_ascii_digit())))
 }
 
 #[test]
