@@ -43,6 +43,7 @@ fn iptables(lab: &Lab, text: &str) -> Result<()> {
 
 /// The first bad packet of a connection to the service, as vxmon tells it.
 fn anomaly(lab: &Lab) -> Result<Value> {
+    let _http = HttpServer::start(&lab.b, lab.pod_socket(Family::V4))?;
     let vxmon = Vxmon::attach_to(&lab.a, 2, &JSON)?;
     let event = next(lab, &vxmon, 1)?;
     vxmon.stop()?.adds_up()?;
@@ -51,7 +52,6 @@ fn anomaly(lab: &Lab) -> Result<Value> {
 
 /// Opens a connection, and waits for its bad packet, which is number `count` of all.
 fn next(lab: &Lab, vxmon: &Vxmon, count: usize) -> Result<Value> {
-    let _http = HttpServer::start(&lab.b, lab.pod_socket(Family::V4))?;
     ensure!(traffic::http_get(&lab.a, lab.service_socket(Family::V4), A_MOMENT).is_err(), "connected at once");
     let events = vxmon.wait_events(count, LIMIT);
     events.get(count - 1).cloned().with_context(|| format!("event {count} of {events:#?} did not come"))
@@ -181,7 +181,8 @@ fn homes_together() -> Result<()> {
         return Ok(());
     }
     let old = of(Backend::IptablesNft, RuleForm::Before1179);
-    let event = anomaly(&lab(&[old, of(Backend::IptablesLegacy, RuleForm::Fixed)])?)?;
+    // What is registered later is asked first, so the old ones are; the fixed ones would clear the inner packet's mark.
+    let event = anomaly(&lab(&[of(Backend::IptablesLegacy, RuleForm::Fixed), old])?)?;
     let (backend, rule) = if event["mark"] == "0x4000" { ("iptables-nft", OLD) } else { ("iptables-legacy", FIXED) };
     says(&event, &[("/random_fully", "rule".into()), ("/backend", backend.into()), ("/rule", rule.into())])?;
 
@@ -280,7 +281,7 @@ fn kube_proxys_nftables_mode() -> Result<()> {
     )
 }
 
-/// As kube-proxy 1.31 writes it, with a service of two ports.
+/// As kube-proxy 1.31 writes it with `masqueradeAll`, for a service of one port.
 const KUBE_PROXY: &str = r#"
 table ip kube-proxy {
 	comment "rules for kube-proxy";
@@ -308,7 +309,7 @@ table ip kube-proxy {
 	chain cluster-ips-check { ip daddr @cluster-ips reject comment "Reject traffic to invalid ports of ClusterIPs"; }
 	chain mark-for-masquerade { meta mark set meta mark | 0x00004000; }
 	chain reject-chain { reject; }
-	chain service-JXHVCHZZ-kube-system/kube-dns/tcp/metrics { ip daddr 10.96.0.10 tcp dport 9153 ip saddr != 10.244.0.0/24 jump mark-for-masquerade; numgen random mod 1 vmap { 0 : goto endpoint-QBSJ2IAB-kube-system/kube-dns/tcp/metrics__10.244.2.73/9153 }; }
+	chain service-JXHVCHZZ-kube-system/kube-dns/tcp/metrics { ip daddr 10.96.0.10 tcp dport 9153 jump mark-for-masquerade; numgen random mod 1 vmap { 0 : goto endpoint-QBSJ2IAB-kube-system/kube-dns/tcp/metrics__10.244.2.73/9153 }; }
 	chain endpoint-QBSJ2IAB-kube-system/kube-dns/tcp/metrics__10.244.2.73/9153 { ip saddr 10.244.2.73 jump mark-for-masquerade; meta l4proto tcp dnat to 10.244.2.73:9153; }
 }
 "#;
@@ -342,10 +343,9 @@ fn flannels_and_calicos_rules() -> Result<()> {
         says(&event, &[("/random_fully", "rule".into()), ("/rule", rule.into()), ("/why", "mark-not-cleared".into())])?;
     }
 
-    // Calico's way to the world outside its pools, which takes the outer packets too if a pool is missing.
-    let lab = lab(&[of(Backend::IptablesNft, RuleForm::Fixed)])?;
-    let outgoing = "-A POSTROUTING -o uplink ! -d 10.244.0.0/16 -j MASQUERADE --random-fully";
-    iptables(&lab, &format!("{outgoing}\n"))?;
+    // A way to the world outside the pods' network that takes the outer packets too.
+    let lab = self::lab(&[of(Backend::IptablesNft, RuleForm::Before1179)])?;
+    iptables(&lab, "-I POSTROUTING 1 ! -d 10.244.0.0/16 -o uplink -j MASQUERADE --random-fully\n")?;
     let event = anomaly(&lab)?;
     says(
         &event,
@@ -367,6 +367,7 @@ fn changes_are_followed() -> Result<()> {
     let lab = LabOptions::default().build()?;
     let vxmon = Vxmon::attach_to(&lab.a, 2, &JSON)?;
     let mut count = 0;
+    let _http = HttpServer::start(&lab.b, lab.pod_socket(Family::V4))?;
     for backend in Backend::ALL {
         for form in [RuleForm::Before1179, RuleForm::SnatBeforeFixed] {
             lab.rules(&of(backend, form))?;
@@ -445,7 +446,7 @@ fn rules_are_rendered_as_the_tools_do() -> Result<()> {
         .run("nft", &["list", "ruleset"])?
         .split("table ")
         // Tables of iptables-nft come as xtables' expressions.
-        .filter(|table| !table.starts_with("ip nat") && !table.starts_with("ip6 nat"))
+        .filter(|table| !["ip nat", "ip6 nat", "ip mangle"].iter().any(|name| table.starts_with(name)))
         .flat_map(chain_rules)
         .collect();
     ensure!(listed.len() > 20, "{listed:#?}");
