@@ -91,6 +91,22 @@ fn options_are_those_of_the_help() {
     }
 }
 
+/// The options of `tail` are in a table of their own.
+#[test]
+fn options_of_tail_are_those_of_the_help() {
+    let flags = |text: &str| -> BTreeSet<String> {
+        let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '-');
+        words.filter(|word| word.starts_with("--") && word.len() > 2).map(str::to_owned).collect()
+    };
+    let help = String::from_utf8(vxmon(&["tail", "--help"]).stdout).unwrap();
+    let visible = help.lines().filter(|line| line.trim_start().starts_with('-')).flat_map(flags);
+    let general = ["--help", "--version", "--verbose"];
+    let visible: BTreeSet<String> = visible.filter(|flag| !general.contains(&flag.as_str())).collect();
+    let named: BTreeSet<String> =
+        table(&read("README.md"), "`tail` option").iter().flat_map(|(_, row)| flags(row)).collect();
+    assert_eq!(named, visible);
+}
+
 #[test]
 fn documented_commands_are_refused_or_run_as_said() {
     let unknown = vxmon(&["attach", "--no-such-option"]);

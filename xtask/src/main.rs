@@ -3,7 +3,7 @@
 //! # Layout
 //! - [`proc`]: child processes, and what happens to them when this one is interrupted.
 //! - [`setup`]: makes the machine able to build and test. [`cargo`]: calls of cargo.
-//! - [`mod@test`], [`lint`], [`demo`], [`vm`], [`mod@bench`]: the task of that name.
+//! - [`mod@test`], [`lint`], [`demo`], [`vm`], [`mod@bench`], [`soak`]: the task of that name.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a developer's tool: its output is for people")]
 
@@ -13,6 +13,7 @@ mod demo;
 mod lint;
 mod proc;
 mod setup;
+mod soak;
 mod test;
 mod vm;
 
@@ -46,6 +47,15 @@ enum Task {
     Vm(vm::Options),
     /// Measure what vxmon costs
     Bench,
+    /// Wear vxmon out for minutes; memory, descriptors and counts must hold
+    Soak {
+        /// For how long
+        #[arg(long, default_value_t = 300)]
+        seconds: u64,
+        /// Use this vxmon instead of building one
+        #[arg(long, hide = true)]
+        binary: Option<std::path::PathBuf>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -67,13 +77,14 @@ fn main() -> ExitCode {
 
 fn run(task: &Task) -> Result<ExitCode> {
     match task {
-        Task::Setup => setup::run(setup::Scope::Everything)?,
+        Task::Setup => setup::run(setup::Scope::Tests)?,
         Task::Build => cargo::build(setup::Scope::Build).map(drop)?,
         Task::Lint => lint::run()?,
         Task::Test { args } => return test::run(args),
         Task::Demo { binary } => demo::run(binary.clone())?,
         Task::Vm(options) => return vm::run(options),
         Task::Bench => bench::run()?,
+        Task::Soak { seconds, binary } => soak::run(*seconds, binary.clone())?,
     }
     Ok(ExitCode::SUCCESS)
 }

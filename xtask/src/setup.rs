@@ -25,6 +25,8 @@ pub enum Scope {
     Everything,
     /// That, and to run it on other kernels in QEMU, one of which is built from source.
     Kernels,
+    /// To compile, to run the lab, and what only tests call.
+    Tests,
 }
 
 /// Programs that the lab and the tests call, and the Debian package of each.
@@ -44,6 +46,9 @@ const LAB_PROGRAMS: [(&str, &str); 14] = [
     ("iperf3", "iperf3"),
     ("ipset", "ipset"),
 ];
+
+/// Programs that only tests call.
+const TEST_PROGRAMS: [(&str, &str); 2] = [("prometheus", "prometheus"), ("promtool", "prometheus")];
 
 /// What `cargo xtask vm` calls, or a file that it needs, and the Debian package of each.
 const VM_PROGRAMS: [(&str, &str); 19] = [
@@ -128,6 +133,10 @@ fn missing_packages(scope: Scope) -> Vec<&'static str> {
     match scope {
         Scope::Build => Vec::new(),
         Scope::Everything => missing("the lab and the tests call it", &LAB_PROGRAMS),
+        Scope::Tests => {
+            let lab = missing("the lab and the tests call it", &LAB_PROGRAMS);
+            [lab, missing("the tests of metrics call it", &TEST_PROGRAMS)].concat()
+        }
         Scope::Kernels => {
             let lab = missing("the lab and the tests call it", &LAB_PROGRAMS);
             [lab, missing("the lab of kernels needs it", &VM_PROGRAMS)].concat()

@@ -20,7 +20,7 @@ const PRIVILEGED: &str = "vxmon-tests";
 
 /// Runs all tests, with `args` passed to their binaries.
 pub fn run(args: &[String]) -> Result<ExitCode> {
-    let vxmon = cargo::build(Scope::Everything)?;
+    let vxmon = cargo::build(Scope::Tests)?;
     let skip_file = vxmon.with_file_name("skipped-tests");
     fs::write(&skip_file, "").with_context(|| format!("cannot write {}", skip_file.display()))?;
 

@@ -61,7 +61,8 @@ pub fn man(args: &ManPages, mut command: Command) -> Result<ExitCode> {
 /// A page.
 fn page(command: Command) -> Result<Vec<u8>> {
     let mut page = Vec::new();
-    Man::new(command).render(&mut page).context("cannot write a page")?;
+    let version = concat!("vxmon ", env!("CARGO_PKG_VERSION"));
+    Man::new(command).source(version).manual("vxmon").render(&mut page).context("cannot write a page")?;
     Ok(page)
 }
 
