@@ -18,6 +18,8 @@ const OBJECTS: [&str; 2] = ["vxmon", "vxmon-test"];
 /// Not in the daemon's binary.
 const TEST_OBJECT: &str = "vxmon-test";
 const SETUP: &str = "run `cargo xtask setup`";
+/// Set to 1 by `cargo xtask image`: the objects then hold no path of this machine.
+const TRIM: &str = "VXMON_TRIM_PATHS";
 
 fn main() {
     // One line for people, instead of the report on a build script that failed.
@@ -34,7 +36,7 @@ fn build() -> Result<()> {
     let out = PathBuf::from(env::var_os("OUT_DIR").context("cargo did not set OUT_DIR")?);
 
     println!("cargo::rustc-env=VXMON_COMMIT={}", commit(&root).as_deref().unwrap_or("unknown"));
-    for variable in ["AYA_BUILD_SKIP", "VXMON_EBPF_TOOLCHAIN"] {
+    for variable in ["AYA_BUILD_SKIP", "VXMON_EBPF_TOOLCHAIN", TRIM] {
         println!("cargo::rerun-if-env-changed={variable}");
     }
     if env::var_os("AYA_BUILD_SKIP").is_some_and(|skip| skip == "1" || skip == "true") {
@@ -88,13 +90,20 @@ fn ebpf(root: &Path, out: &Path) -> Result<()> {
         bail!("the eBPF program cannot be built, toolchain `{toolchain}` does not run: {SETUP}");
     }
 
-    share_target(&out.join("aya-build"), &root.join("target/ebpf"))?;
+    let trim = env::var_os(TRIM).is_some_and(|trim| trim == "1");
+    // Apart: each would otherwise be built again after the other.
+    let shared = if trim { "target/ebpf-trimmed" } else { "target/ebpf" };
+    share_target(&out.join("aya-build"), &root.join(shared))?;
     // SAFETY: this is the main thread, and no other has been started.
     unsafe {
         // `-Z build-std=core`, and aya-ebpf's `asm_experimental_arch`, on a compiler that is not a nightly.
         env::set_var("RUSTC_BOOTSTRAP", "1");
         // aya-build passes every line of the inner cargo on as a warning; progress is none.
         env::set_var("CARGO_TERM_QUIET", "true");
+        if trim {
+            env::set_var("CARGO_UNSTABLE_TRIM_PATHS", "true");
+            env::set_var("CARGO_PROFILE_RELEASE_TRIM_PATHS", "all");
+        }
     }
     let package = root.join("vxmon-ebpf");
     let package = Package {

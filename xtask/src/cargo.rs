@@ -38,39 +38,45 @@ pub fn command() -> Result<Command> {
 /// Sets the machine up, builds the release binary, checks it, and returns its path.
 pub fn build(scope: Scope) -> Result<PathBuf> {
     setup::run(scope)?;
-    let built = executable(&["build", "--release", "--package=vxmon", "--bin=vxmon"])?;
+    let mut command = command()?;
+    let built = executable(command.args(["build", "--release", "--package=vxmon", "--bin=vxmon"]))?;
     // cargo's own path names the target: see .cargo/config.toml.
     let path = built.ancestors().nth(3).context("cargo put the binary nowhere")?.join("release/vxmon");
-    let binary = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
     install(&built, &path).with_context(|| format!("cannot write {}", path.display()))?;
+    check(&path)?;
+    Ok(path)
+}
+
+/// Fails unless the binary is static and small enough; says how large it is.
+pub fn check(path: &Path) -> Result<()> {
+    let binary = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     if asks_for_interpreter(&binary).with_context(|| path.display().to_string())? {
         bail!("{} is not static: it names a program interpreter", path.display());
     }
     let size = u64::try_from(binary.len())?;
     println!(
         "{}: static, {:.1} MiB of at most {} MiB",
-        path.strip_prefix(root()?).unwrap_or(&path).display(),
+        path.strip_prefix(root()?).unwrap_or(path).display(),
         size as f64 / f64::from(1 << 20),
         SIZE_LIMIT >> 20
     );
     if size > SIZE_LIMIT {
         bail!("{} is too large", path.display());
     }
-    Ok(path)
+    Ok(())
 }
 
 /// Runs cargo, and returns the path of the executable that it says it built.
-fn executable(arguments: &[&str]) -> Result<PathBuf> {
-    let mut command = command()?;
-    command.args(arguments).args(["--locked", "--message-format=json-render-diagnostics"]);
+pub fn executable(command: &mut Command) -> Result<PathBuf> {
+    command.args(["--locked", "--message-format=json-render-diagnostics"]);
     let mut found = None;
-    let status = proc::run_lines(&mut command, |line| {
+    let status = proc::run_lines(command, |line| {
         let message: Option<serde_json::Value> = serde_json::from_str(line).ok();
         if let Some(path) = message.as_ref().and_then(|message| message.get("executable")?.as_str()) {
             found = Some(PathBuf::from(path));
         }
     })?;
-    proc::check(&command, status)?;
+    proc::check(command, status)?;
     found.context("cargo built no executable")
 }
 

@@ -3,13 +3,14 @@
 //! # Layout
 //! - [`proc`]: child processes, and what happens to them when this one is interrupted.
 //! - [`setup`]: makes the machine able to build and test. [`cargo`]: calls of cargo.
-//! - [`mod@test`], [`lint`], [`demo`], [`vm`], [`mod@bench`], [`soak`]: the task of that name.
+//! - [`mod@test`], [`lint`], [`demo`], [`vm`], [`mod@bench`], [`soak`], [`image`]: the task of that name.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a developer's tool: its output is for people")]
 
 mod bench;
 mod cargo;
 mod demo;
+mod image;
 mod lint;
 mod proc;
 mod setup;
@@ -56,6 +57,8 @@ enum Task {
         #[arg(long, hide = true)]
         binary: Option<std::path::PathBuf>,
     },
+    /// Write the container image, an OCI layout and an archive of it, to target/image
+    Image(image::Args),
 }
 
 fn main() -> ExitCode {
@@ -85,6 +88,7 @@ fn run(task: &Task) -> Result<ExitCode> {
         Task::Vm(options) => return vm::run(options),
         Task::Bench => bench::run()?,
         Task::Soak { seconds, binary } => soak::run(*seconds, binary.clone())?,
+        Task::Image(args) => image::run(args)?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,0 +1,153 @@
+//! `cargo xtask image`: the container image, as an OCI layout and as an archive of it.
+//!
+//! Built apart from `cargo xtask build`, in `target/image/build`: with the paths of this machine left out of the binary, so
+//! that the same commit gives the same bytes wherever it is built with the same tools. `--verify` builds it a second time,
+//! from a fresh checkout elsewhere and with another cargo home, and compares.
+
+use std::{
+    env, fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use vxmon_image::{Contents, Written};
+
+use crate::{
+    cargo, proc,
+    setup::{self, Scope},
+};
+
+/// What `cargo xtask image` was asked to do.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Where to put `oci/`, the layout, and `vxmon.tar`, its archive
+    #[arg(long, value_name = "DIR", default_value = "target/image")]
+    output: PathBuf,
+    /// Build it once more, in another place, and compare the bytes
+    #[arg(long)]
+    verify: bool,
+}
+
+/// Makes the image.
+pub fn run(args: &Args) -> Result<()> {
+    setup::run(Scope::Build)?;
+    let root = cargo::root()?;
+    let place = Place { root: root.to_owned(), build: root.join("target/image/build"), cargo_home: cargo_home()? };
+    let output = env::current_dir()?.join(&args.output);
+    let revision = revision(root);
+    let image = place.make(&output, revision.as_deref())?;
+    let tar = output.join("vxmon.tar");
+    println!("{} {} ({})", image.name, image.digest, image.architecture);
+    println!("layout:  {}", output.join("oci").display());
+    println!("archive: {} ({:.1} MiB)", tar.display(), fs::metadata(&tar)?.len() as f64 / f64::from(1 << 20));
+    if args.verify { verify(&place, &output, revision.as_deref()) } else { Ok(()) }
+}
+
+/// Where it is built: all of it should leave no trace.
+struct Place {
+    /// The workspace.
+    root: PathBuf,
+    /// cargo's target directory.
+    build: PathBuf,
+    cargo_home: PathBuf,
+}
+
+impl Place {
+    /// Builds the binary, and writes the image into `output`.
+    fn make(&self, output: &Path, revision: Option<&str>) -> Result<Written> {
+        let path = self.binary()?;
+        let binary = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        for trace in [&self.root, &self.build, &self.cargo_home].into_iter().filter_map(|place| place.to_str()) {
+            if binary.windows(trace.len()).any(|window| window == trace.as_bytes()) {
+                bail!("{} names {trace}, a path of this machine", path.display());
+            }
+        }
+        let created = created(&self.root)?;
+        let contents = Contents { binary: &binary, version: env!("CARGO_PKG_VERSION"), revision, created };
+        let image = vxmon_image::write(&output.join("oci"), &contents)?;
+        vxmon_image::archive(&output.join("oci"), &output.join("vxmon.tar"), created)?;
+        Ok(image)
+    }
+
+    /// The release binary without paths of this machine.
+    fn binary(&self) -> Result<PathBuf> {
+        let flags = [(self.cargo_home.join("registry/src"), "/cargo"), (self.root.clone(), "/vxmon")].map(|(from, to)| {
+            // A JSON string is a TOML one as well.
+            serde_json::to_string(&format!("--remap-path-prefix={}={to}", from.display()))
+        });
+        let flags = flags.into_iter().collect::<Result<Vec<_>, _>>()?.join(",");
+        // Joined to the flags of .cargo/config.toml, which the variable RUSTFLAGS would replace.
+        let flags = format!("target.'cfg(target_os = \"linux\")'.rustflags=[{flags}]");
+        let mut command = cargo::command()?;
+        command.current_dir(&self.root).env("CARGO_HOME", &self.cargo_home);
+        command.env("VXMON_TRIM_PATHS", "1").env_remove("RUSTFLAGS");
+        command.args(["build", "--release", "--package=vxmon", "--bin=vxmon", "--config", &flags, "--target-dir"]);
+        let path = cargo::executable(command.arg(&self.build))?;
+        cargo::check(&path)?;
+        Ok(path)
+    }
+}
+
+fn verify(first: &Place, image: &Path, revision: Option<&str>) -> Result<()> {
+    ensure!(revision.is_some_and(|revision| !revision.ends_with("-dirty")), "--verify needs a commit without changes");
+    let elsewhere = env::temp_dir().join(format!("vxmon-image-{}", std::process::id()));
+    let _clean = Removed(elsewhere.clone());
+    let second = Place {
+        root: elsewhere.join("a/longer/path/source"),
+        build: elsewhere.join("build"),
+        cargo_home: elsewhere.join("cargo"),
+    };
+    println!("once more, in {}", elsewhere.display());
+    fs::create_dir_all(&second.cargo_home)?;
+    proc::run(Command::new("git").args(["clone", "--quiet", "--shared"]).args([&first.root, &second.root]))?;
+    // What is downloaded and what it is built with are the same; where they are is not.
+    fs::create_dir_all(second.root.join("target"))?;
+    symlink(first.root.join("target/tools"), second.root.join("target/tools"))?;
+    for shared in ["registry", "config.toml"] {
+        let from = first.cargo_home.join(shared);
+        if from.exists() {
+            symlink(from, second.cargo_home.join(shared))?;
+        }
+    }
+    second.make(&elsewhere.join("image"), revision)?;
+    for file in ["oci/index.json", "vxmon.tar"] {
+        let same = fs::read(image.join(file))? == fs::read(elsewhere.join("image").join(file))?;
+        ensure!(same, "{file} differs: the image is not reproducible");
+    }
+    println!("the same bytes");
+    Ok(())
+}
+
+/// Removes a directory when dropped.
+struct Removed(PathBuf);
+
+impl Drop for Removed {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn cargo_home() -> Result<PathBuf> {
+    match env::var_os("CARGO_HOME") {
+        Some(home) => Ok(home.into()),
+        None => Ok(PathBuf::from(env::var_os("HOME").context("neither CARGO_HOME nor HOME is set")?).join(".cargo")),
+    }
+}
+
+/// The commit, marked if the files are not those of the commit.
+fn revision(root: &Path) -> Option<String> {
+    let git = |args: &[&str]| proc::output(Command::new("git").arg("-C").arg(root).args(args));
+    let commit = git(&["rev-parse", "HEAD"])?;
+    Some(if git(&["status", "--porcelain"])?.is_empty() { commit } else { format!("{commit}-dirty") })
+}
+
+/// Time of the image's files: `SOURCE_DATE_EPOCH`, else that of the commit, else 0.
+fn created(root: &Path) -> Result<u64> {
+    if let Ok(text) = env::var("SOURCE_DATE_EPOCH") {
+        return text.parse().with_context(|| format!("SOURCE_DATE_EPOCH is {text}, not seconds since 1970"));
+    }
+    let commit = proc::output(Command::new("git").arg("-C").arg(root).args(["log", "-1", "--format=%ct"]));
+    Ok(commit.and_then(|text| text.parse().ok()).unwrap_or(0))
+}
