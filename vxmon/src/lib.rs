@@ -13,6 +13,7 @@
 //! telemetry   what is noted for the metrics
 //! ethtool     a device's offload features
 //! event       the schema vxmon.event/1
+//! sandbox     what the daemon gives up before it attaches
 //! sink/       text and JSON; the live log's socket and the metrics
 //! ```
 //! Arrows go one way: source, attribute, sink. Sinks never ask the kernel.
@@ -27,6 +28,7 @@ pub mod event;
 pub mod monitor;
 pub mod netlink;
 pub mod rules;
+pub mod sandbox;
 pub mod sink;
 pub mod source;
 pub mod telemetry;

@@ -30,6 +30,7 @@ use crate::{
         socket::{Protocol, Socket},
     },
     rules::Rules,
+    sandbox,
     sink::{
         Explain, Format, Paint, Printer,
         live::{Listeners, Live},
@@ -167,6 +168,11 @@ impl<'a> Daemon<'a> {
         let rules = Rules::start().context("cannot start the thread that reads the NAT rules")?;
         let Started { mut engine, fallback } = start::start(&settings.engine, say)?;
         let events = engine.events()?;
+        // Before any thread is started, which would keep it all; and before any device is attached to, so that none of
+        // what comes later can need more.
+        let sockets = listeners.socket.as_ref().and_then(|socket| socket.path().parent());
+        let given_up = sandbox::enter(&engine.keeps(), sockets)?;
+        log::info!("{given_up}");
         let (writer, broken) = Writer::start(output).context("cannot start the output thread")?;
         let release = nix::sys::utsname::uname().map(|uname| uname.release().to_string_lossy().into_owned());
         let node = nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();

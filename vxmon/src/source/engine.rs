@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use vxmon_common::counters::Counters;
 
 use super::{events::Events, packet_socket::PacketSocketError, tc::TcError};
-use crate::{attribute::story::Awaiting, devices::Watch};
+use crate::{attribute::story::Awaiting, devices::Watch, sandbox::Capability};
 
 /// What an engine could not do.
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +22,10 @@ pub enum EngineError {
 pub trait Engine {
     /// Where the checksum's state is known from, as `attached` names it.
     fn metadata(&self) -> &'static str;
+
+    /// The capabilities without which devices can no longer be attached to and detached from; all others are given up
+    /// before the first is attached to.
+    fn keeps(&self) -> Vec<Capability>;
 
     /// The events of all devices. Once.
     fn events(&mut self) -> Result<Events, EngineError>;

@@ -12,6 +12,7 @@ use aya::{
         LinkOrder, ProgramError, SchedClassifier, TcAttachType,
         tc::{NlOptions, SchedClassifierLinkId, TcAttachOptions},
     },
+    util::KernelVersion,
 };
 use aya_log::EbpfLogger;
 use vxmon_common::{
@@ -31,6 +32,7 @@ use crate::{
     attribute::story::Awaiting,
     devices::{Role, Watch},
     netlink,
+    sandbox::{self, Capability},
 };
 
 /// What the daemon could not do with the programs.
@@ -297,6 +299,19 @@ impl Tc {
 impl Engine for Tc {
     fn metadata(&self) -> &'static str {
         self.metadata
+    }
+
+    fn keeps(&self) -> Vec<Capability> {
+        // For both kinds of attachment, and for questions about conntrack entries.
+        let mut keeps = vec![Capability::CAP_NET_ADMIN];
+        // Where kernel.unprivileged_bpf_disabled is set, before 5.19 (c8644cd0efe7) every bpf(2) needs CAP_BPF, before 5.8
+        // CAP_SYS_ADMIN; from then on only what makes something new.
+        let version = KernelVersion::current().unwrap_or(KernelVersion::new(0, 0, 0));
+        if version < KernelVersion::new(5, 19, 0) {
+            let bpf = version >= KernelVersion::new(5, 8, 0) && sandbox::has(Capability::CAP_BPF);
+            keeps.push(if bpf { Capability::CAP_BPF } else { Capability::CAP_SYS_ADMIN });
+        }
+        keeps
     }
 
     fn events(&mut self) -> Result<Events, EngineError> {
