@@ -13,6 +13,7 @@
 //! - [`capture`]: tcpdump's verdict on checksums, pcap files. [`counters`]: conntrack entries, `UdpInCsumErrors`, and big
 //!   packets at TC egress.
 //! - [`vxmon`]: a running `vxmon attach`.
+//! - [`container`]: vxmon's image, run by runc.
 //! - [`skip`]: how a test says that it cannot run here.
 //! - [`cmd`]: programs run to their end, with errors that say which one failed and why.
 //!
@@ -37,6 +38,7 @@
 pub mod capture;
 pub mod cleanup;
 pub mod cmd;
+pub mod container;
 pub mod counters;
 pub mod ipvs;
 pub mod lab;

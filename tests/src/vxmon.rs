@@ -4,7 +4,7 @@ use std::{
     fs,
     io::{BufRead, BufReader, Read},
     path::{Path, PathBuf},
-    process::{Child, ExitStatus, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -168,6 +168,11 @@ impl Vxmon {
     pub fn start(node: &Netns, args: &[&str]) -> Result<Self> {
         let mut command = node.command(binary()?);
         command.arg("attach").args(args);
+        Self::spawn(command)
+    }
+
+    /// Starts a command that is or becomes vxmon, and does not wait.
+    pub fn spawn(mut command: Command) -> Result<Self> {
         let started = Instant::now();
         let mut child = command
             .stdin(Stdio::null())

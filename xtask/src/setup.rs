@@ -30,7 +30,7 @@ pub enum Scope {
 }
 
 /// Programs that the lab and the tests call, and the Debian package of each.
-const LAB_PROGRAMS: [(&str, &str); 14] = [
+const LAB_PROGRAMS: [(&str, &str); 16] = [
     ("ip", "iproute2"),
     ("bridge", "iproute2"),
     ("tc", "iproute2"),
@@ -45,6 +45,8 @@ const LAB_PROGRAMS: [(&str, &str); 14] = [
     ("python3", "python3"),
     ("iperf3", "iperf3"),
     ("ipset", "ipset"),
+    ("runc", "runc"),
+    ("systemd-analyze", "systemd"),
 ];
 
 /// Programs that only tests call.
