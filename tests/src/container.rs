@@ -129,7 +129,8 @@ fn unpack(directory: &Path) -> Result<Value> {
 
 /// Path of what a descriptor describes, once its digest and size have been found right.
 fn blob(layout: &Path, descriptor: &Value) -> Result<PathBuf> {
-    let digest = descriptor["digest"].as_str().and_then(|digest| digest.strip_prefix("sha256:")).context("no digest")?;
+    let digest =
+        descriptor["digest"].as_str().and_then(|digest| digest.strip_prefix("sha256:")).context("no digest")?;
     let path = layout.join("blobs/sha256").join(digest);
     let sum = cmd::run(Command::new("sha256sum").arg(&path))?;
     ensure!(sum.starts_with(digest), "the digest of {} is {sum}", path.display());

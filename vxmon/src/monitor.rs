@@ -52,6 +52,8 @@ pub struct Settings {
     pub selection: Selection,
     /// More UDP ports of tunnel packets, host byte order.
     pub ports: Vec<u16>,
+    /// Name of this node in events; else its host name.
+    pub node: Option<String>,
     /// How to write events.
     pub format: Format,
     /// When to explain, in text.
@@ -175,7 +177,8 @@ impl<'a> Daemon<'a> {
         log::info!("{given_up}");
         let (writer, broken) = Writer::start(output).context("cannot start the output thread")?;
         let release = nix::sys::utsname::uname().map(|uname| uname.release().to_string_lossy().into_owned());
-        let node = nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let host = || nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let node = settings.node.clone().unwrap_or_else(host);
         let live = Live::start(listeners, &node).context("cannot start the thread of the socket and the metrics")?;
         rules.wait(RULES);
         Ok(Self {

@@ -15,8 +15,8 @@ use std::{fmt, path::Path};
 
 use caps::{CapSet, CapsHashSet, errors::CapsError};
 use landlock::{
-    ABI, Access as _, AccessFs, AccessNet, PathBeneath, PathFd, Ruleset, RulesetAttr as _,
-    RulesetCreatedAttr as _, RulesetError, RulesetStatus, Scope,
+    ABI, Access as _, AccessFs, AccessNet, PathBeneath, PathFd, Ruleset, RulesetAttr as _, RulesetCreatedAttr as _,
+    RulesetError, RulesetStatus, Scope,
 };
 use nix::{errno::Errno, sys::prctl};
 
@@ -143,11 +143,17 @@ mod tests {
         let can_empty = status("CapEff:") & 1 << 8 != 0; // CAP_SETPCAP
         inside(None, |report| {
             let kept = had & 1 << 12; // CAP_NET_ADMIN
-            assert_eq!([status("CapEff:"), status("CapPrm:"), status("CapInh:"), status("CapAmb:")], [kept, kept, 0, 0]);
+            assert_eq!(
+                [status("CapEff:"), status("CapPrm:"), status("CapInh:"), status("CapAmb:")],
+                [kept, kept, 0, 0]
+            );
             assert_eq!(status("CapBnd:"), if can_empty { 0 } else { bound });
             assert_eq!(status("NoNewPrivs:"), 1);
             let text = report.to_string();
-            assert!(text.contains(if kept == 0 { "capabilities none" } else { "capabilities CAP_NET_ADMIN;" }), "{text}");
+            assert!(
+                text.contains(if kept == 0 { "capabilities none" } else { "capabilities CAP_NET_ADMIN;" }),
+                "{text}"
+            );
             // What is given up does not come back.
             assert!(caps::raise(None, CapSet::Effective, Capability::CAP_BPF).is_err());
         });

@@ -73,10 +73,11 @@ impl Place {
 
     /// The release binary without paths of this machine.
     fn binary(&self) -> Result<PathBuf> {
-        let flags = [(self.cargo_home.join("registry/src"), "/cargo"), (self.root.clone(), "/vxmon")].map(|(from, to)| {
-            // A JSON string is a TOML one as well.
-            serde_json::to_string(&format!("--remap-path-prefix={}={to}", from.display()))
-        });
+        let flags =
+            [(self.cargo_home.join("registry/src"), "/cargo"), (self.root.clone(), "/vxmon")].map(|(from, to)| {
+                // A JSON string is a TOML one as well.
+                serde_json::to_string(&format!("--remap-path-prefix={}={to}", from.display()))
+            });
         let flags = flags.into_iter().collect::<Result<Vec<_>, _>>()?.join(",");
         // Joined to the flags of .cargo/config.toml, which the variable RUSTFLAGS would replace.
         let flags = format!("target.'cfg(target_os = \"linux\")'.rustflags=[{flags}]");

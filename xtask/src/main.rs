@@ -81,6 +81,10 @@ fn main() -> ExitCode {
 fn run(task: &Task) -> Result<ExitCode> {
     match task {
         Task::Setup => setup::run(setup::Scope::Tests)?,
+        Task::Setup => {
+            setup::run(setup::Scope::Everything)?;
+            setup::schemas()?;
+        }
         Task::Build => cargo::build(setup::Scope::Build).map(drop)?,
         Task::Lint => lint::run()?,
         Task::Test { args } => return test::run(args),

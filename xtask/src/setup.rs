@@ -84,6 +84,9 @@ const LINKER_VERSION: &str = "0.13.0";
 const LLVM: u32 = 22;
 const DEBIAN_LLVM: [&str; 2] = ["llvm-22-dev", "libpolly-22-dev"];
 
+/// Package of the Python package index.
+const SCHEMAS_VERSION: &str = "1.37.0";
+
 /// `rustup component add` takes seconds, or has no network.
 const DOWNLOAD_LIMIT: Duration = Duration::from_secs(90);
 
@@ -127,6 +130,32 @@ pub fn run(scope: Scope) -> Result<()> {
         build_linker(&tools, &llvm)?;
     }
     eprintln!("setup: bpf-linker {LINKER_VERSION}");
+    Ok(())
+}
+
+/// Installs what checks the Kubernetes manifests: the schemas of all versions, with a program that knows them. Without it
+/// those tests are skipped.
+pub fn schemas() -> Result<()> {
+    let place = cargo::root()?.join("target/tools/kubernetes-validate");
+    let ready = proc::output(Command::new(place.join("bin/kubernetes-validate")).arg("--version"))
+        .is_some_and(|version| version.contains(SCHEMAS_VERSION));
+    if ready {
+        return Ok(());
+    }
+    eprintln!("setup: installing kubernetes-validate {SCHEMAS_VERSION} into target/tools");
+    if proc::output(Command::new("python3").args(["-c", "import venv, ensurepip"])).is_none() {
+        install(&["python3-venv"])?;
+    }
+    let package = format!("kubernetes-validate=={SCHEMAS_VERSION}");
+    let made = proc::run(Command::new("python3").args(["-m", "venv"]).arg(&place)).and_then(|()| {
+        let mut pip = Command::new(place.join("bin/pip"));
+        proc::run_within(pip.args(["install", "--quiet", "--disable-pip-version-check", &package]), DOWNLOAD_LIMIT)
+    });
+    if let Err(error) = made {
+        eprintln!("setup: {error:#}; the manifests are not checked");
+        // Else the tests would take it for whole.
+        fs::remove_dir_all(&place).with_context(|| format!("cannot remove {}", place.display()))?;
+    }
     Ok(())
 }
 

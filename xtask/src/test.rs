@@ -13,7 +13,10 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use nix::unistd::Uid;
 
-use crate::{cargo, proc, setup::Scope};
+use crate::{
+    cargo, proc,
+    setup::{self, Scope},
+};
 
 /// The package whose tests need root.
 const PRIVILEGED: &str = "vxmon-tests";
@@ -21,6 +24,8 @@ const PRIVILEGED: &str = "vxmon-tests";
 /// Runs all tests, with `args` passed to their binaries.
 pub fn run(args: &[String]) -> Result<ExitCode> {
     let vxmon = cargo::build(Scope::Tests)?;
+    let vxmon = cargo::build(Scope::Everything)?;
+    setup::schemas()?;
     let skip_file = vxmon.with_file_name("skipped-tests");
     fs::write(&skip_file, "").with_context(|| format!("cannot write {}", skip_file.display()))?;
 

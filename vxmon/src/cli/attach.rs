@@ -57,6 +57,9 @@ pub struct Args {
     /// Watch the network namespace at this path, for instance /proc/PID/ns/net or /run/netns/NAME.
     #[arg(long, env = "VXMON_NETNS", value_name = "PATH")]
     netns: Option<PathBuf>,
+    /// Name of this node in events, instead of its host name.
+    #[arg(long, env = "VXMON_NODE", value_name = "NAME")]
+    node: Option<String>,
     /// Exit with 1 if an anomaly was seen.
     #[arg(long, env = "VXMON_EXIT_CODE", value_parser = clap::builder::FalseyValueParser::new())]
     exit_code: bool,
@@ -134,6 +137,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let settings = Settings {
         selection: if args.devices.is_empty() { Selection::Auto } else { Selection::Named(args.devices.clone()) },
         ports: args.ports.clone(),
+        node: args.node.clone(),
         format: args.format,
         explain: args.explain,
         paint: Paint::choose(args.color, args.output.is_none()),

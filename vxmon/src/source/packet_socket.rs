@@ -45,7 +45,10 @@ use super::{
     events::Events,
     userspace::{Judge, Sighting},
 };
-use crate::devices::{Role, Watch};
+use crate::{
+    devices::{Role, Watch},
+    sandbox::{self, Capability},
+};
 
 /// What the daemon could not do with packet sockets.
 #[derive(Debug, thiserror::Error)]
@@ -128,7 +131,13 @@ impl PacketSocket {
         let reader = thread::Builder::new().name("packet-socket".into());
         let reader = reader.spawn({
             let (shared, sender) = (Arc::clone(&shared), sender.clone());
-            move || read(&shared, &sender)
+            move || {
+                // It only reads sockets that the daemon opens.
+                if let Err(error) = sandbox::enter(&[], None) {
+                    log::warn!("packet-socket thread: {error}");
+                }
+                read(&shared, &sender);
+            }
         });
         Ok(Self {
             shared,
@@ -176,6 +185,11 @@ impl PacketSocket {
 impl Engine for PacketSocket {
     fn metadata(&self) -> &'static str {
         "packet-socket"
+    }
+
+    fn keeps(&self) -> Vec<Capability> {
+        // For the socket of a further device, and for questions about conntrack entries.
+        vec![Capability::CAP_NET_RAW, Capability::CAP_NET_ADMIN]
     }
 
     fn events(&mut self) -> Result<Events, EngineError> {
