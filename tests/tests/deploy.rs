@@ -410,3 +410,24 @@ fn works_in_the_units_sandbox() -> Result<()> {
     ensure!(vxmon.stderr().lines().all(|line| !line.contains("cannot")), "{}", vxmon.stderr());
     vxmon.stop()?.adds_up()
 }
+
+/// README's commands name files that are there, and options that exist.
+#[test]
+fn readme_names_what_is_there() -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let readme = fs::read_to_string(root.join("README.md"))?;
+    let section =
+        readme.split("\n## Deploy\n").nth(1).and_then(|rest| rest.split("\n## ").next()).context("no section")?;
+    let words = || section.split(|c: char| c.is_whitespace() || "`=(),".contains(c));
+    let files: BTreeSet<&str> = words().filter(|word| word.starts_with("deploy/")).collect();
+    ensure!(files.len() >= 6, "{files:?}");
+    for file in files {
+        ensure!(root.join(file.trim_end_matches('.')).exists(), "README names {file}");
+    }
+    let help = cmd::run(Command::new(vxmon::binary()?).args(["tail", "--help"]))?;
+    ensure!(section.contains("vxmon tail --follow") && help.contains("--follow"), "{help}");
+    let metrics = words().find(|word| word.starts_with("127.0.0.1:")).context("no address of metrics")?;
+    let manifest = fs::read_to_string(deploy("kubernetes/base/daemonset.yaml"))?;
+    ensure!(manifest.contains(metrics), "the DaemonSet serves metrics elsewhere than at {metrics}");
+    Ok(())
+}

@@ -241,7 +241,7 @@ fn pipe(command: &str, input: &str) -> String {
 
 #[test]
 fn files_that_are_linked_to_exist() {
-    for document in ["README.md", "CHANGELOG.md", "docs/architecture.md", "docs/journal.md"] {
+    for document in ["README.md", "CHANGELOG.md", "docs/architecture.md", "docs/journal.md", "docs/security.md"] {
         let directory = support::path(document).parent().unwrap().to_owned();
         for target in read(document).split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
             if !target.starts_with('#') && !target.contains("://") {
