@@ -18,7 +18,10 @@ use std::{
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::{legacy, snapshot::Snapshot};
-use crate::netlink::{Protocol, Socket, nftables, ruleset::News};
+use crate::{
+    netlink::{Protocol, Socket, nftables, ruleset::News},
+    sandbox::{self, Capability},
+};
 
 /// How long changes are gathered before the rules are read again: what belongs together arrives within it.
 const SETTLE: Duration = Duration::from_millis(10);
@@ -68,7 +71,13 @@ impl Rules {
         waken.set_nonblocking(true)?;
         let shared = Arc::new(Shared::default());
         let other = Arc::clone(&shared);
-        thread::Builder::new().name("vxmon-rules".to_owned()).spawn(move || Reader::new(other, waken).run())?;
+        thread::Builder::new().name("vxmon-rules".to_owned()).spawn(move || {
+            // Reading rules needs no more, whatever the rest of the daemon needs.
+            if let Err(error) = sandbox::enter(&[Capability::CAP_NET_ADMIN], None) {
+                log::warn!("the thread that reads the rules: {error}");
+            }
+            Reader::new(other, waken).run();
+        })?;
         Ok(Self { shared, wake, glanced: None })
     }
 
