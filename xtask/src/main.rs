@@ -80,9 +80,8 @@ fn main() -> ExitCode {
 
 fn run(task: &Task) -> Result<ExitCode> {
     match task {
-        Task::Setup => setup::run(setup::Scope::Tests)?,
         Task::Setup => {
-            setup::run(setup::Scope::Everything)?;
+            setup::run(setup::Scope::Tests)?;
             setup::schemas()?;
         }
         Task::Build => cargo::build(setup::Scope::Build).map(drop)?,

@@ -24,7 +24,6 @@ const PRIVILEGED: &str = "vxmon-tests";
 /// Runs all tests, with `args` passed to their binaries.
 pub fn run(args: &[String]) -> Result<ExitCode> {
     let vxmon = cargo::build(Scope::Tests)?;
-    let vxmon = cargo::build(Scope::Everything)?;
     setup::schemas()?;
     let skip_file = vxmon.with_file_name("skipped-tests");
     fs::write(&skip_file, "").with_context(|| format!("cannot write {}", skip_file.display()))?;
