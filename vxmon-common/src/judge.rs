@@ -761,9 +761,10 @@ impl Inner {
 
     #[inline(always)]
     fn is_final(&self, packet: &impl Packet) -> bool {
-        let unused = self.seen == 0 && self.check == UDP_CHECK; // RFC 768: 0 means none
-        unused
-            || self.length <= MAX_IP
-                && packet.sum(self.at, self.length).is_some_and(|sum| self.pseudo.plus(sum).is_all_ones())
+        // RFC 768: 0 means none. A tunnel inside the tunnel, say, of which the checksum within may be pending.
+        let unused = self.seen == 0 && self.check == UDP_CHECK;
+        !unused
+            && self.length <= MAX_IP
+            && packet.sum(self.at, self.length).is_some_and(|sum| self.pseudo.plus(sum).is_all_ones())
     }
 }
