@@ -296,7 +296,7 @@ fn the_commands_of_readme_run() -> Result<()> {
     let (first, rest) = commands.split_once("vxmon tail").context("no tail")?;
     let url = format!("http://{}/", lab.service_socket(Family::V4));
     let script = format!(
-        "mount -t tmpfs none /run; mount -t tmpfs none /var/log; set -e\ntrap 'kill $! 2>/dev/null' EXIT\nmkdir /run/bin; ln -s '{}' /run/bin/vxmon; \
+        "mount -t tmpfs none /run; mount -t tmpfs none /var/log; set -e\ntrap 'kill $! 2>/dev/null || true' EXIT\nmkdir /run/bin; ln -s '{}' /run/bin/vxmon; \
          PATH=/run/bin:$PATH\n{first}\ncurl -s --max-time 0.2 {url} || true; sleep 2.5\nvxmon tail{rest}\n\
          kill $!; wait $! || true; cat /var/log/vxmon.log\n",
         vxmon_tests::vxmon::binary()?.display()
