@@ -33,6 +33,24 @@ pub mod watch;
 /// What every program returns: "no decision", so the next one runs (TCX_NEXT with tcx links, -1 too).
 pub const TC_ACT_UNSPEC: i32 = -1;
 
+/// 0, which the compiler does not know to be that. Of several zeros in a row it makes a call of memset, and the linker's
+/// memset is refused by kernels such as 6.1 (`reg type unsupported for arg#0`), as is its memmove.
+#[inline(always)]
+#[must_use]
+pub fn zero() -> u64 {
+    #[cfg(target_arch = "bpf")]
+    {
+        let zero: u64;
+        // SAFETY: sets a register.
+        unsafe {
+            core::arch::asm!("{zero} = 0", zero = out(reg) zero, options(pure, nomem, nostack, preserves_flags));
+        }
+        zero
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    0
+}
+
 /// The kernel does not load a program that could get here.
 #[cfg(target_arch = "bpf")]
 #[panic_handler]

@@ -2,6 +2,8 @@
 //! sent within the last second, it goes to the daemon. Counted even if it cannot be sent. The follow-up on one, a good
 //! packet of its connection, goes the same way, uncounted.
 
+use core::ptr::copy_nonoverlapping;
+
 use aya_ebpf::{
     bindings::__sk_buff,
     helpers::generated::{bpf_ktime_get_ns, bpf_skb_load_bytes},
@@ -22,6 +24,7 @@ use crate::{
     skb::SkbPacket,
     story,
     tally::Tally,
+    zero,
 };
 
 /// `BPF_NOEXIST` (include/uapi/linux/bpf.h).
@@ -191,8 +194,9 @@ fn report(skb: *mut __sk_buff, case: &Case) -> bool {
         match conntrack {
             Conntrack::Entry(known) => {
                 flags |= event_flag::CONNTRACK;
-                (*event).ct_orig = (*known).orig;
-                (*event).ct_reply = (*known).reply;
+                // An assignment would be a call of memmove: see `zero`.
+                copy_nonoverlapping(&raw const (*known).orig, &raw mut (*event).ct_orig, 1);
+                copy_nonoverlapping(&raw const (*known).reply, &raw mut (*event).ct_reply, 1);
                 (*event).ct_status = (*known).status;
             }
             Conntrack::None => flags |= event_flag::NO_CONNTRACK,
@@ -244,7 +248,7 @@ fn flow(endpoints: &Endpoints, ifindex: u32, verdict: Verdict) -> Option<*mut Fl
     if let Some(flow) = FLOWS.get_ptr_mut(key) {
         return Some(flow);
     }
-    let new = FlowCount { count: 0, sent_at_count: 0, sent_ns: 0 };
+    let new = FlowCount { count: zero(), sent_at_count: zero(), sent_ns: zero() };
     // Fails if another CPU was first, which is as good.
     let _ = FLOWS.insert(key, new, BPF_NOEXIST);
     FLOWS.get_ptr_mut(key)

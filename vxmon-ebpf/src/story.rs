@@ -14,6 +14,7 @@ use crate::{
     maps::{CONNECTION, STORIES},
     report::atomic_add_one,
     skb::SkbPacket,
+    zero,
 };
 
 /// `BPF_NOEXIST` (include/uapi/linux/bpf.h).
@@ -79,7 +80,13 @@ pub fn bad(flags: u64, now: u64, is_sent: bool) -> SoFar {
     let story = match STORIES.get_ptr_mut(connection) {
         Some(story) => story,
         None if is_sent => {
-            let new = Story { bad: 0, bad_syns: 0, last_bad_ns: 0, state: 0, reserved: 0 };
+            let new = Story {
+                bad: zero(),
+                bad_syns: zero(),
+                last_bad_ns: zero(),
+                state: zero() as u32,
+                reserved: zero() as u32,
+            };
             // Fails if another CPU was first, which is as good.
             let _ = STORIES.insert(connection, new, BPF_NOEXIST);
             match STORIES.get_ptr_mut(connection) {

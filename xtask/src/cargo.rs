@@ -66,6 +66,12 @@ pub fn check(path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Builds the binary without optimisation, and returns its path.
+pub fn build_dev(scope: Scope) -> Result<PathBuf> {
+    setup::run(scope)?;
+    executable(&["build", "--package=vxmon", "--bin=vxmon"])
+}
+
 /// Runs cargo, and returns the path of the executable that it says it built.
 pub fn executable(command: &mut Command) -> Result<PathBuf> {
     command.args(["--locked", "--message-format=json-render-diagnostics"]);

@@ -29,7 +29,10 @@ use self::{
     qemu::{Accel, Guest},
     report::KernelReport,
 };
-use crate::{cargo, proc, setup::Scope};
+use crate::{
+    cargo, proc,
+    setup::{self, Scope},
+};
 
 /// The package whose tests run in guests.
 const PACKAGE: &str = "vxmon-tests";
@@ -38,6 +41,9 @@ const BOOT_LIMIT: u64 = 240;
 /// For one test binary. A loaded machine that emulates is slow.
 const TESTS_LIMIT: u64 = 1800;
 const DEMO_LIMIT: u64 = 300;
+/// Whether it attaches at all, and what the verifier says.
+const SMOKE: &str = "smoke";
+const SMOKE_LIMIT: u64 = 120;
 
 /// What to run.
 #[derive(clap::Args)]
@@ -56,7 +62,10 @@ pub struct Options {
     /// The subset that is part of `cargo xtask test`
     #[arg(long)]
     quick: bool,
-    /// Build the tests without optimisation: sooner there, and slower
+    /// Get the kernels, build the one that is built, and end
+    #[arg(long)]
+    fetch: bool,
+    /// Build vxmon and the tests without optimisation: sooner there, and slower
     #[arg(long)]
     dev: bool,
     /// What runs the guests' instructions
@@ -87,7 +96,17 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let kernels = choose(&options.kernels, options.quick)?;
-    let vxmon = cargo::build(Scope::Kernels)?;
+    if options.fetch {
+        setup::run(Scope::Kernels)?;
+        for kernel in kernels {
+            match kernel.image(options.update) {
+                Ok(image) => println!("{:8} {}", kernel.name, image.vmlinuz.display()),
+                Err(error) => println!("{:8} not to be had here: {error:#}", kernel.name),
+            }
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let vxmon = if options.dev { cargo::build_dev(Scope::Kernels) } else { cargo::build(Scope::Kernels) }?;
     let jobs = jobs(options, &vxmon)?;
     let reports = run_all(&kernels, &jobs, options)?;
     print!("\n{}", report::text(&reports));
@@ -131,6 +150,11 @@ fn jobs(options: &Options, vxmon: &Path) -> Result<Vec<Job>> {
             filter.extend(tests);
         }
         jobs.push(Job::tests(&name, &binary, vxmon, &filter, TESTS_LIMIT));
+    }
+    if wanted(SMOKE) && options.test.is_empty() {
+        let script = cargo::root()?.join("xtask/vm/smoke.sh");
+        let command = format!("sh '{}' '{}' /run/results/{SMOKE}.facts", script.display(), vxmon.display());
+        jobs.insert(0, Job { name: SMOKE.to_owned(), command, limit: SMOKE_LIMIT, harness: false });
     }
     if wanted("demo") && options.test.is_empty() {
         let xtask = std::env::current_exe()?;

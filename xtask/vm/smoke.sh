@@ -1,0 +1,32 @@
+#!/bin/sh
+# Attaches VXMON to a VXLAN device in a namespace of its own, and says what the kernel made of its programs: facts for the
+# table, in FACTS. Fails if vxmon does not attach.
+set -eu
+vxmon=$1 facts=$2
+ip netns add smoke
+run() { ip netns exec smoke "$@"; }
+run ip link add uplink type veth peer name peer
+run ip addr add 10.0.100.3/24 dev uplink
+run ip link set uplink up
+run ip link set peer up
+run ip link add flannel.1 type vxlan id 1 dstport 8472 local 10.0.100.3 dev uplink nolearning
+run ip link set flannel.1 up
+run "$vxmon" attach --format json > /tmp/smoke.json 2> /tmp/smoke.err &
+pid=$!
+for _ in $(seq 300); do
+    [ "$(grep -c '"attached"' /tmp/smoke.json)" -ge 2 ] && break
+    [ -d /proc/$pid ] || break
+    sleep 0.2
+done
+cat /tmp/smoke.err
+# verified_insns: 5.16 and later. With `ip netns exec` gone by exec, the process is vxmon itself.
+insns=$(cat /proc/$pid/fdinfo/* 2>/dev/null | sed -n 's/^verified_insns:[[:space:]]*//p' | sort -nru | tr '\n' ' ' || true)
+kill -INT $pid 2>/dev/null || true
+wait $pid || { cat /tmp/smoke.json; exit 1; }
+cat /tmp/smoke.json
+grep -q '"attached"' /tmp/smoke.json
+{
+    echo "instructions verified, by program=${insns:-not told by this kernel}"
+    echo "attached by=$(sed -n 's/.*"type":"attached".*"hook":"\([^"]*\)".*/\1/p' /tmp/smoke.json | sort -u | tr '\n' ' ')"
+    echo "skb metadata=$(sed -n 's/.*"type":"attached".*"metadata":"\([^"]*\)".*/\1/p' /tmp/smoke.json | sort -u | tr '\n' ' ')"
+} >> "$facts"
