@@ -21,7 +21,7 @@ use vxmon_common::{
 use crate::{
     maps::{CASE, ENDPOINTS, EVENTS, FLOW_KEY, FLOWS},
     meta::{self, Conntrack},
-    skb::SkbPacket,
+    skb::{SkbPacket, positive},
     story,
     tally::Tally,
     zero,
@@ -210,10 +210,8 @@ fn report(skb: *mut __sk_buff, case: &Case) -> bool {
         let len = packet.len();
         let head_len = if len > HEAD as u32 { HEAD as u32 } else { len };
         (*event).head_len = head_len;
-        if head_len == 0
-            || head_len > HEAD as u32
-            || bpf_skb_load_bytes(skb.cast(), 0, (&raw mut (*event).head).cast(), head_len) != 0
-        {
+        let known = positive::<{ HEAD as u32 }>(head_len);
+        if head_len == 0 || bpf_skb_load_bytes(skb.cast(), 0, (&raw mut (*event).head).cast(), known) != 0 {
             (*event).head_len = 0;
         }
     }

@@ -128,6 +128,34 @@ pub fn opaque(mut pointer: usize) -> usize {
     pointer
 }
 
+/// A number from 1 to `MOST` as it is; and the verifier knows that it is one of these. From a comparison
+/// with 0 it learns nothing before 6.8, and so refuses the number as the length of what a helper fills.
+#[inline(always)]
+pub fn positive<const MOST: u32>(number: u32) -> u32 {
+    let mut number = u64::from(number);
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: arithmetic in a register.
+    unsafe {
+        core::arch::asm!(
+            "{number} += -1",
+            "{number} &= {mask}",
+            "{number} += 1",
+            "if {number} < {above} goto +1",
+            "{number} = {most}",
+            number = inout(reg) number,
+            mask = const MOST.next_power_of_two() - 1,
+            above = const MOST + 1,
+            most = const MOST,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    {
+        number = number.clamp(1, u64::from(MOST));
+    }
+    number as u32
+}
+
 /// The same number, of which the verifier knows nothing any more.
 #[inline(always)]
 fn forget(skb: *mut __sk_buff, number: u32) -> u32 {
@@ -439,10 +467,7 @@ fn sum_by_copies<const PIECE: u32>(skb: *mut __sk_buff, at: u32, len: u32) -> u6
         if left == 0 {
             return sum;
         }
-        let piece = opaque(left.min(PIECE) as usize);
-        if piece == 0 || piece > PIECE as usize {
-            return FAILED;
-        }
+        let piece = positive::<PIECE>(left.min(PIECE)) as usize;
         // SAFETY: the copy has room for COPY_LEN bytes and four of padding, and `piece` is at most COPY_LEN.
         sum += unsafe {
             if bpf_skb_load_bytes(skb.cast(), at, copy.cast(), piece as u32) != 0 {

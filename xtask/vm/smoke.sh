@@ -21,7 +21,8 @@ done
 cat /tmp/smoke.err
 # verified_insns: 5.16 and later. With `ip netns exec` gone by exec, the process is vxmon itself.
 insns=$(cat /proc/$pid/fdinfo/* 2>/dev/null | sed -n 's/^verified_insns:[[:space:]]*//p' | sort -nru | tr '\n' ' ' || true)
-kill -INT $pid 2>/dev/null || true
+# Not INT: a shell starts what runs in the background with that ignored.
+kill -TERM $pid 2>/dev/null || true
 wait $pid || { cat /tmp/smoke.json; exit 1; }
 cat /tmp/smoke.json
 grep -q '"attached"' /tmp/smoke.json
