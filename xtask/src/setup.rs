@@ -53,7 +53,7 @@ const LAB_PROGRAMS: [(&str, &str); 16] = [
 const TEST_PROGRAMS: [(&str, &str); 2] = [("prometheus", "prometheus"), ("promtool", "prometheus")];
 
 /// What `cargo xtask vm` calls, or a file that it needs, and the Debian package of each.
-const VM_PROGRAMS: [(&str, &str); 19] = [
+const VM_PROGRAMS: [(&str, &str); 18] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("/bin/busybox", "busybox-static"),
     ("modprobe", "kmod"),
@@ -66,7 +66,6 @@ const VM_PROGRAMS: [(&str, &str); 19] = [
     ("bc", "bc"),
     ("perl", "perl"),
     ("pahole", "pahole"),
-    ("ipset", "ipset"),
     ("ipvsadm", "ipvsadm"),
     ("setpriv", "util-linux"),
     ("dpkg-deb", "dpkg"),
