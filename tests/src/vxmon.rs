@@ -147,6 +147,13 @@ pub fn binary() -> Result<PathBuf> {
         .with_context(|| format!("no {}: run `cargo xtask build --release`, or set VXMON_BIN", path.display()))
 }
 
+/// Whether vxmon is told by the environment to watch by packet sockets: then there is no mark, and the conntrack entry comes
+/// by netlink.
+#[must_use]
+pub fn by_packet_socket() -> bool {
+    std::env::var("VXMON_ENGINE").is_ok_and(|engine| engine == "packet-socket")
+}
+
 impl Vxmon {
     /// Starts `vxmon attach ARGS…` in `node` and waits until it is attached to at least one device.
     pub fn attach(node: &Netns, args: &[&str]) -> Result<Self> {

@@ -69,7 +69,7 @@ pub fn check(path: &Path) -> Result<()> {
 /// Builds the binary without optimisation, and returns its path.
 pub fn build_dev(scope: Scope) -> Result<PathBuf> {
     setup::run(scope)?;
-    executable(&["build", "--package=vxmon", "--bin=vxmon"])
+    executable(command()?.args(["build", "--package=vxmon", "--bin=vxmon"]))
 }
 
 /// Runs cargo, and returns the path of the executable that it says it built.

@@ -68,6 +68,9 @@ pub struct Options {
     /// Build vxmon and the tests without optimisation: sooner there, and slower
     #[arg(long)]
     dev: bool,
+    /// Have vxmon watch by this engine: tc or packet-socket
+    #[arg(long)]
+    engine: Option<String>,
     /// What runs the guests' instructions
     #[arg(long, value_enum, default_value = "auto")]
     accel: Accel,
@@ -160,6 +163,11 @@ fn jobs(options: &Options, vxmon: &Path) -> Result<Vec<Job>> {
         let xtask = std::env::current_exe()?;
         let command = format!("'{}' demo --binary '{}'", xtask.display(), vxmon.display());
         jobs.push(Job { name: "demo".to_owned(), command, limit: DEMO_LIMIT, harness: false });
+    }
+    if let Some(engine) = &options.engine {
+        for job in &mut jobs {
+            job.command.insert_str(0, &format!("export VXMON_ENGINE='{engine}'; "));
+        }
     }
     if jobs.is_empty() {
         bail!("no test is called that");
