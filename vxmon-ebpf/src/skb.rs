@@ -346,7 +346,12 @@ pub extern "C" fn vxmon_sum(skb: *mut __sk_buff, at: u32, len: u32) -> u64 {
             if left < LADDER_TOP {
                 break;
             }
-            sum += sum_inline::<{ LADDER_TOP / 64 }>(skb, at);
+            // Not added: the verifier would follow what comes after once for each piece that failed.
+            let piece = sum_inline::<{ LADDER_TOP / 64 }>(skb, at);
+            if piece >= FAILED {
+                return FAILED;
+            }
+            sum += piece;
             at += LADDER_TOP;
             left -= LADDER_TOP;
         }
@@ -355,7 +360,11 @@ pub extern "C" fn vxmon_sum(skb: *mut __sk_buff, at: u32, len: u32) -> u64 {
             if left < SCRATCHPAD {
                 break;
             }
-            sum += sum_inline::<{ SCRATCHPAD / 64 }>(skb, at);
+            let piece = sum_inline::<{ SCRATCHPAD / 64 }>(skb, at);
+            if piece >= FAILED {
+                return FAILED;
+            }
+            sum += piece;
             at += SCRATCHPAD;
             left -= SCRATCHPAD;
         }
