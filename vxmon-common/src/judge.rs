@@ -712,11 +712,11 @@ impl Datagram {
             return self.pending();
         }
         let inner = match packet::inner(packet, self.at) {
-            Ok(ip) => Inner::read(packet, &ip),
-            Err(Stop::NotIp) => None,
-            Err(Stop::Unreadable) => None,
+            Ok(ip) => Inner::read(packet, &ip).unwrap_or(Inner::UNKNOWN),
+            Err(Stop::NotIp) => Inner::UNKNOWN,
+            Err(Stop::Unreadable) => Inner::UNKNOWN,
         };
-        if let Some(inner) = &inner
+        if inner.is_known
             && let Some(sum) = self.lco_sum(packet, inner.at, inner.check)
             && sum.is_all_ones()
         {
@@ -726,16 +726,20 @@ impl Datagram {
         if !full.is_anomaly() {
             return full;
         }
-        match inner {
-            Some(inner) if inner.is_pending() => self.lco(packet, inner.at, inner.check),
-            Some(inner) if inner.is_final(packet) => full,
-            _ => AMBIGUOUS,
+        if inner.is_known && inner.is_pending() {
+            self.lco(packet, inner.at, inner.check)
+        } else if inner.is_known && inner.is_final(packet) {
+            full
+        } else {
+            AMBIGUOUS
         }
     }
 }
 
-/// The L4 part of a packet inside a tunnel packet.
+/// The L4 part of a packet inside a tunnel packet. Not an `Option`: the compiler reads what `None` leaves unset, which
+/// verifiers before 6.3 refuse (`invalid read from stack`).
 struct Inner {
+    is_known: bool,
     at: u32,
     check: u32,
     length: u32,
@@ -744,6 +748,8 @@ struct Inner {
 }
 
 impl Inner {
+    const UNKNOWN: Self = Self { is_known: false, at: 0, check: 0, length: 0, seen: 0, pseudo: Sum::ZERO };
+
     #[inline(always)]
     fn read(packet: &impl Packet, ip: &Ip) -> Option<Self> {
         let check = packet::check_offset(ip.family, ip.proto)?;
@@ -752,7 +758,7 @@ impl Inner {
             return None;
         }
         let pseudo = if ip.proto == proto::ICMP { Sum::ZERO } else { packet::pseudo_header(packet, ip, length)? };
-        Some(Self { at: ip.l4, check, length, seen: packet.u16(ip.l4 + check)?, pseudo })
+        Some(Self { is_known: true, at: ip.l4, check, length, seen: packet.u16(ip.l4 + check)?, pseudo })
     }
 
     #[inline(always)]
