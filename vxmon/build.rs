@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, bail};
 use aya_build::{Package, Toolchain};
 use sha2::{Digest as _, Sha256};
 
-const OBJECTS: [&str; 2] = ["vxmon", "vxmon-test"];
+const OBJECTS: [&str; 3] = ["vxmon", "vxmon-nat", "vxmon-test"];
 /// Not in the daemon's binary.
 const TEST_OBJECT: &str = "vxmon-test";
 const SETUP: &str = "run `cargo xtask setup`";

@@ -154,6 +154,12 @@ pub fn by_packet_socket() -> bool {
     std::env::var("VXMON_ENGINE").is_ok_and(|engine| engine == "packet-socket")
 }
 
+/// Whether this kernel lets a program see NAT being set up, by kprobes: evidence `observed`.
+#[must_use]
+pub fn sees_nat() -> bool {
+    Path::new("/sys/bus/event_source/devices/kprobe/type").exists()
+}
+
 impl Vxmon {
     /// Starts `vxmon attach ARGS…` in `node` and waits until it is attached to at least one device.
     pub fn attach(node: &Netns, args: &[&str]) -> Result<Self> {

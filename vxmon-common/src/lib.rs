@@ -9,6 +9,7 @@
 //! event      what crosses the ring buffer: integers only, explicit padding
 //! config     what the daemon tells the kernel program: read-only globals and small tables
 //! counters   what the kernel program counts, by device and CPU
+//! translation what the probe on NAT's set-up notes
 //! ```
 //!
 //! `no_std`, no allocation, no panic; `unsafe` only to mark the shared types for aya. The same code runs in the kernel (TC program) and in userspace; only
@@ -30,3 +31,4 @@ pub mod event;
 pub mod judge;
 pub mod packet;
 pub mod story;
+pub mod translation;

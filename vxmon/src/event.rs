@@ -182,12 +182,16 @@ pub struct Ct {
 /// The NAT of the outer packet. Fields after `backend` are left out where there is nothing to say.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Nat {
-    /// How it is known that `--random-fully` chose the port: `observed` in the kernel as it happened; `rule`: a live rule
-    /// with random-fully is the one that this packet's connection reached; `port-rewritten`: the port was rewritten, and
-    /// `reason` says why no rule is named for it; `no`: the port was not rewritten, or by a rule without random-fully;
-    /// `unknown`.
+    /// How it is known that `--random-fully` chose the port: `observed` in the kernel as it happened, see `range_flags`;
+    /// `rule`: a live rule with random-fully is the one that this packet's connection reached; `port-rewritten`: the port was
+    /// rewritten, and `reason` says why no rule is named for it; `no`: the port was not rewritten, or by a rule without
+    /// random-fully, or, with `range_flags`, the kernel was seen to choose it otherwise; `unknown`.
     #[schemars(extend("enum" = ["observed", "rule", "port-rewritten", "no", "unknown"]))]
     pub random_fully: &'static str,
+    /// The flags by which the kernel was seen to set this connection's NAT up (`NF_NAT_RANGE_*`). Left out if that was not
+    /// seen: the connection is older than the monitor, or the kernel has no kprobes (`attached` says so).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub range_flags: Option<Vec<&'static str>>,
     /// The rule, as one would type it.
     pub rule: Option<String>,
     /// Where the rule lives: `iptables-legacy`, `iptables-nft` or `nftables`.
@@ -365,6 +369,13 @@ pub struct Attached {
     pub metadata: &'static str,
     /// Why it is watched by a packet socket though TC programs were preferred; null otherwise.
     pub fallback: Option<String>,
+    /// How NAT is seen as it is set up, which is what evidence `observed` needs: by a `kprobe`; null: not, and `missing` says
+    /// why.
+    #[schemars(extend("enum" = ["kprobe", null]))]
+    pub nat_probe: Option<&'static str>,
+    /// Sections that are null, and why.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub missing: BTreeMap<&'static str, String>,
 }
 
 /// A device is no longer watched.

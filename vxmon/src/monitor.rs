@@ -18,7 +18,7 @@ use tokio::{
 
 use crate::{
     account::{self, Account, Accounts},
-    attribute::{Attributor, ConntrackSource, Decoded, story},
+    attribute::{Attributor, ConntrackSource, Decoded, Observer, story},
     clock::{monotonic, now, wall_clock},
     devices::{Plan, Selection, Snapshot, Watch, offload::Offloads, plan},
     event::{
@@ -40,6 +40,7 @@ use crate::{
     source::{
         engine::{Engine, EngineError},
         events::Events,
+        nat_probe::{NatProbe, NatProbeError},
         start::{self, Choice, Kind, Started},
     },
     telemetry::Telemetry,
@@ -68,6 +69,8 @@ pub struct Settings {
     pub engine: Choice,
     /// Where conntrack entries come from.
     pub conntrack: ConntrackSource,
+    /// Whether to watch NAT being set up.
+    pub nat_probe: bool,
 }
 
 /// UDP ports of VXLAN: IANA's, and Linux's own from before there was one, which flannel uses.
@@ -127,6 +130,9 @@ struct Daemon<'a> {
     say: &'a dyn Fn(&str),
     node: String,
     engine: Box<dyn Engine>,
+    nat_probe: Option<NatProbe>,
+    /// Why there is no probe.
+    no_nat_probe: Option<String>,
     /// Why the engine is not the one that was preferred.
     fallback: Option<String>,
     events: Option<Events>,
@@ -170,10 +176,13 @@ impl<'a> Daemon<'a> {
         let rules = Rules::start().context("cannot start the thread that reads the NAT rules")?;
         let Started { mut engine, fallback } = start::start(&settings.engine, say)?;
         let events = engine.events()?;
+        let (nat_probe, translations, no_nat_probe) = observe(settings.nat_probe);
         // Before any thread is started, which would keep it all; and before any device is attached to, so that none of
         // what comes later can need more.
         let sockets = listeners.socket.as_ref().and_then(|socket| socket.path().parent());
-        let given_up = sandbox::enter(&engine.keeps(), sockets)?;
+        let mut keeps = engine.keeps();
+        keeps.extend(nat_probe.iter().flat_map(|_| NatProbe::keeps()));
+        let given_up = sandbox::enter(&keeps, sockets)?;
         log::info!("{given_up}");
         let (writer, broken) = Writer::start(output).context("cannot start the output thread")?;
         let release = nix::sys::utsname::uname().map(|uname| uname.release().to_string_lossy().into_owned());
@@ -185,12 +194,17 @@ impl<'a> Daemon<'a> {
             live,
             telemetry: Telemetry::default(),
             offloads: Offloads::default(),
-            attributor: Attributor::new(node.clone(), settings.conntrack).with_rules(rules),
+            attributor: match translations {
+                Some(seen) => Attributor::new(node.clone(), settings.conntrack).with_rules(rules).with_observer(seen),
+                None => Attributor::new(node.clone(), settings.conntrack).with_rules(rules),
+            },
             printer: Printer::new(settings.format, settings.explain, settings.paint, release.unwrap_or_default()),
             settings,
             say,
             node,
             engine,
+            nat_probe,
+            no_nat_probe,
             fallback,
             events: Some(events),
             monitor,
@@ -294,6 +308,9 @@ impl<'a> Daemon<'a> {
         for port in WELL_KNOWN_PORTS.iter().chain(&self.settings.ports) {
             ports.entry(*port).or_insert(false);
         }
+        if let Some(Err(error)) = self.nat_probe.as_mut().map(|probe| probe.set_ports(&ports)) {
+            log::error!("{error}"); // evidence alone is lost by it
+        }
         self.engine.set_ports(&ports)
     }
 
@@ -377,6 +394,8 @@ impl<'a> Daemon<'a> {
             hook,
             metadata: self.engine.metadata(),
             fallback: self.fallback.clone(),
+            nat_probe: self.nat_probe.as_ref().map(|_| "kprobe"),
+            missing: self.no_nat_probe.iter().map(|why| ("nat_probe", why.clone())).collect(),
         }));
         Ok(())
     }
@@ -551,12 +570,17 @@ impl<'a> Daemon<'a> {
             packets: self.accounts.by_name(|ifindex| running.get(&ifindex).copied().unwrap_or_default()),
             lost: self.lost()?,
             offload: self.offloads.current().map(|(name, on)| (name.to_owned(), on)).collect(),
-            programs: self.engine.run_stats(),
+            programs: self.run_stats(),
             readers: self.live.readers(),
             ..self.telemetry.readings()
         };
         board.show(readings, !self.telemetry.behind);
         Ok(())
+    }
+
+    fn run_stats(&self) -> Vec<(String, Duration, u64)> {
+        let probes = self.nat_probe.iter().flat_map(NatProbe::run_stats);
+        self.engine.run_stats().into_iter().chain(probes).collect()
     }
 
     fn detach_all(&mut self) -> Result<(), EngineError> {
@@ -600,6 +624,17 @@ impl<'a> Daemon<'a> {
             bail!("the last lines, the summary among them, could not be written: the output is full or is not read");
         }
         Ok(anomalies)
+    }
+}
+
+/// Starts to see NAT being set up; or why that cannot be.
+fn observe(wanted: bool) -> (Option<NatProbe>, Option<Box<dyn Observer>>, Option<String>) {
+    match if wanted { NatProbe::start() } else { Err(NatProbeError::Off) } {
+        Ok((probe, seen)) => (Some(probe), Some(Box::new(seen)), None),
+        Err(error) => {
+            log::info!("NAT is not seen as it is set up, so evidence comes from the rules: {error}");
+            (None, None, Some(error.to_string()))
+        }
     }
 }
 

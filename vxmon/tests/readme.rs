@@ -274,6 +274,13 @@ fn attached(value: &Value) -> Record {
         hook: leak(&value["hook"]),
         metadata: leak(&value["metadata"]),
         fallback: value["fallback"].as_str().map(str::to_owned),
+        nat_probe: value["nat_probe"].as_str().map(|probe| &*probe.to_owned().leak()),
+        missing: value["missing"]
+            .as_object()
+            .into_iter()
+            .flatten()
+            .map(|(name, why)| (&*name.clone().leak(), text(why)))
+            .collect(),
     })
 }
 
@@ -303,6 +310,7 @@ fn nat(value: &Value) -> Nat {
     let rules = |field: &str| value[field].as_array().into_iter().flatten().map(nat_rule).collect();
     Nat {
         random_fully: leak(&value["random_fully"]),
+        range_flags: value["range_flags"].as_array().map(|flags| flags.iter().map(leak).collect()),
         rule: some("rule"),
         backend: value["backend"].as_str().map(|backend| &*backend.to_owned().leak()),
         table: some("table"),

@@ -9,6 +9,8 @@ mount -t tmpfs shm /dev/shm
 mount -t bpf bpf /sys/fs/bpf 2>/dev/null
 mount -t tracefs tracing /sys/kernel/tracing 2>/dev/null
 mount -t cgroup2 cgroup /sys/fs/cgroup 2>/dev/null
+# As the strictest distributions have it.
+echo 2 > /proc/sys/kernel/kptr_restrict
 ip link set lo up
 ulimit -n 65536
 {

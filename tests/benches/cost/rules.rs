@@ -85,7 +85,7 @@ fn reading(table: &mut Table, lab: &Lab, name: &str) -> Result<()> {
         let begin = Instant::now();
         let finding = explain::explain(
             &snapshot,
-            &Question { outer: &outer(), after: (Side::A.underlay(Family::V4), 7), inner: None },
+            &Question { outer: &outer(), after: (Side::A.underlay(Family::V4), 7), inner: None, seen: None },
         );
         asked.push(begin.elapsed().as_secs_f64() * 1e3);
         ensure!(finding.rule.is_some() && finding.random_fully, "{finding:?}");

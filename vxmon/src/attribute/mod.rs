@@ -27,9 +27,10 @@ use vxmon_common::{
 };
 use zerocopy::FromBytes as _;
 
-pub use self::conntrack::Source as ConntrackSource;
+pub use self::{conntrack::Source as ConntrackSource, nat::Observer};
 use self::{
     headers::Headers,
+    nat::RangeFlags,
     story::{Awaiting, By, Circumstances, Entry, Seen, Stories, Tally},
 };
 use crate::{
@@ -86,6 +87,7 @@ pub struct Attributor {
     node: String,
     conntrack: conntrack::Lookup,
     nat: nat::Lookup,
+    observer: Option<Box<dyn Observer>>,
     stories: Stories,
     parameters: parameters::Reader,
     /// VXLAN devices: port, VNI and name.
@@ -99,6 +101,7 @@ impl Attributor {
             node,
             conntrack: conntrack::Lookup::new(source),
             nat: nat::Lookup::default(),
+            observer: None,
             stories: Stories::default(),
             parameters: parameters::Reader::default(),
             vxlans: Vec::new(),
@@ -109,6 +112,13 @@ impl Attributor {
     #[must_use]
     pub fn with_rules(mut self, rules: Rules) -> Self {
         self.nat = nat::Lookup::new(rules);
+        self
+    }
+
+    /// Asks also for what was seen as NAT was set up.
+    #[must_use]
+    pub fn with_observer(mut self, observer: Box<dyn Observer>) -> Self {
+        self.observer = Some(observer);
         self
     }
 
@@ -156,9 +166,14 @@ impl Attributor {
         let Cause { verdict, predicted, proved } =
             if event.role == role::UPLINK { cause(&finding, &nat) } else { cause(&finding, &Nat::None) };
 
+        let observed = match (&mut self.observer, &tuples, &rewrite) {
+            (Some(observer), Some((orig, reply)), Some(_)) => observer.range_flags(orig, reply).map(RangeFlags),
+            _ => None,
+        };
         let nat = ct.as_ref().map(|ct| {
             self.nat.find(&nat::Seen {
                 ct,
+                observed,
                 rewrite: rewrite.as_ref().map(|rewrite| (rewrite.before, rewrite.after)),
                 inner: inner.as_ref(),
                 device,

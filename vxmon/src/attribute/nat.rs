@@ -12,7 +12,7 @@ use vxmon_common::conntrack::{Endpoints, Tuple};
 use super::headers::address;
 use crate::{
     event::{self, Ct, Inner, NatRule},
-    rules::{Device, Finding, Packet, Question, RuleId, Rules, Snapshot, explain, render},
+    rules::{Device, Finding, Packet, Question, RuleId, Rules, Snapshot, explain, model::RANDOM_FULLY, render},
 };
 use vxmon_common::packet::Family;
 
@@ -21,11 +21,40 @@ const REMEMBERED: usize = 1024;
 /// `AF_INET6`, as it stands in a tuple.
 const AF_INET6: u16 = 10;
 
+/// Who sees NAT being set up.
+pub trait Observer: std::fmt::Debug {
+    /// The flags (`NF_NAT_RANGE_*`) by which the NAT of the connection with just these tuples was set up; none if that was not
+    /// seen, or if it is not certain that it was this connection's.
+    fn range_flags(&mut self, orig: &Tuple, reply: &Tuple) -> Option<u32>;
+}
+
+/// Flags of the range from which NAT chose address and port, as the kernel was seen to do it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RangeFlags(pub u32);
+
+impl RangeFlags {
+    /// Names by bit number: `NF_NAT_RANGE_*` of include/uapi/linux/netfilter/nf_nat.h.
+    pub const NAMES: [&'static str; 7] =
+        ["map-ips", "proto-specified", "proto-random", "persistent", "proto-random-fully", "proto-offset", "netmap"];
+
+    /// The level of evidence.
+    const fn level(self) -> &'static str {
+        if self.0 & RANDOM_FULLY != 0 { "observed" } else { "no" }
+    }
+
+    /// Those that are set, by name.
+    fn names(self) -> Vec<&'static str> {
+        Self::NAMES.into_iter().enumerate().filter(|(bit, _)| self.0 & 1 << bit != 0).map(|(_, name)| name).collect()
+    }
+}
+
 /// A packet that left.
 #[derive(Debug)]
 pub struct Seen<'a> {
     /// Its conntrack entry.
     pub ct: &'a Ct,
+    /// By which flags its NAT was seen to be set up.
+    pub observed: Option<RangeFlags>,
     /// How it was before NAT and is now; none if nothing was rewritten.
     pub rewrite: Option<(&'a Tuple, &'a Endpoints)>,
     /// The packet inside.
@@ -41,13 +70,22 @@ pub struct Seen<'a> {
 /// Before and after, of one connection.
 type Key = ([u32; 4], u16, [u32; 4], u16, u16);
 
+/// What was found for a connection.
+#[derive(Clone, Debug)]
+struct Found {
+    nat: Arc<event::Nat>,
+    observed: Option<RangeFlags>,
+    /// A rule is named: it stays so.
+    settled: bool,
+}
+
 /// Finds NAT rules.
 #[derive(Debug, Default)]
 pub struct Lookup {
     rules: Option<Rules>,
     /// What was found when a connection was seen first: its rules are those of then, and its later packets may not have the
     /// mark that they saw.
-    found: HashMap<Key, Arc<event::Nat>>,
+    found: HashMap<Key, Found>,
     order: VecDeque<Key>,
 }
 
@@ -64,51 +102,81 @@ impl Lookup {
             return event::Nat { random_fully: "no", ..event::Nat::default() };
         };
         let key = (before.src, before.sport, after.src, after.sport, after.dport);
-        if let Some(found) = self.found.get(&key) {
-            return event::Nat::clone(found);
+        let found = self.found.get(&key);
+        // Seen now is what counts: it may be another connection with the same ends.
+        let observed = seen.observed.or(found.and_then(|found| found.observed));
+        if let Some(found) = found.filter(|found| found.settled && found.observed == observed) {
+            return event::Nat::clone(&found.nat);
         }
-        let (nat, settled) = self.ask(seen, before, after);
-        if settled {
-            self.remember(key, Arc::new(nat.clone()));
+        let (nat, settled) = self.ask(seen, observed, before, after);
+        if settled || observed.is_some() {
+            self.remember(key, Found { nat: Arc::new(nat.clone()), observed, settled });
         }
         nat
     }
 
-    fn remember(&mut self, key: Key, nat: Arc<event::Nat>) {
-        if self.order.len() >= REMEMBERED
+    fn remember(&mut self, key: Key, found: Found) {
+        if self.found.insert(key, found).is_some() {
+            return;
+        }
+        self.order.push_back(key);
+        if self.order.len() > REMEMBERED
             && let Some(oldest) = self.order.pop_front()
         {
             self.found.remove(&oldest);
         }
-        self.order.push_back(key);
-        self.found.insert(key, nat);
     }
 
     /// What the rules say; whether that stays so.
-    fn ask(&mut self, seen: &Seen<'_>, before: &Tuple, after: &Endpoints) -> (event::Nat, bool) {
-        let rewritten = if before.sport == after.sport { "no" } else { "port-rewritten" };
-        let without = |reason: &str| event::Nat {
-            random_fully: rewritten,
-            reason: Some(reason.to_owned()),
-            ..event::Nat::default()
+    fn ask(
+        &mut self,
+        seen: &Seen<'_>,
+        observed: Option<RangeFlags>,
+        before: &Tuple,
+        after: &Endpoints,
+    ) -> (event::Nat, bool) {
+        let snapshot = match &mut self.rules {
+            None => Err("rules are not read"),
+            Some(rules) => rules.current(),
         };
-        let Some(rules) = &mut self.rules else { return (without("rules are not read"), true) };
-        let snapshot = match rules.current() {
-            Ok(snapshot) => snapshot,
-            Err(why) => return (without(why), false),
-        };
-        let outer = outer(seen, before, &snapshot);
-        let family = if before.family == AF_INET6 { Family::V6 } else { Family::V4 };
-        let inner = seen.inner.and_then(inner);
-        let question = Question {
-            outer: &outer,
-            after: (address(family, &after.src), u16::from_be(after.sport)),
-            inner: inner.as_ref(),
-        };
-        let finding = explain::explain(&snapshot, &question);
-        let settled = finding.rule.is_some();
-        (section(&snapshot, &finding, rewritten), settled)
+        let settled = self.rules.is_none();
+        let (nat, named) = decide(snapshot.as_deref(), seen, observed, before, after);
+        (nat, named || settled)
     }
+}
+
+/// What the rules say, or why they say nothing, and what was seen, which they cannot contradict; whether a rule is named.
+fn decide(
+    snapshot: Result<&Snapshot, &&'static str>,
+    seen: &Seen<'_>,
+    observed: Option<RangeFlags>,
+    before: &Tuple,
+    after: &Endpoints,
+) -> (event::Nat, bool) {
+    let rewritten = if before.sport == after.sport { "no" } else { "port-rewritten" };
+    let snapshot = match snapshot {
+        Ok(snapshot) => snapshot,
+        Err(why) => {
+            let nat = event::Nat {
+                random_fully: observed.map_or(rewritten, RangeFlags::level),
+                range_flags: observed.map(RangeFlags::names),
+                reason: Some((*why).to_owned()),
+                ..event::Nat::default()
+            };
+            return (nat, false);
+        }
+    };
+    let outer = outer(seen, before, snapshot);
+    let family = if before.family == AF_INET6 { Family::V6 } else { Family::V4 };
+    let inner = seen.inner.and_then(inner);
+    let question = Question {
+        outer: &outer,
+        after: (address(family, &after.src), u16::from_be(after.sport)),
+        inner: inner.as_ref(),
+        seen: observed.map(|flags| flags.0),
+    };
+    let finding = explain::explain(snapshot, &question);
+    (section(snapshot, &finding, observed, rewritten), finding.rule.is_some())
 }
 
 /// The packet as it was before NAT.
@@ -153,16 +221,23 @@ fn inner(inner: &Inner) -> Option<Packet> {
     })
 }
 
-fn section(snapshot: &Snapshot, finding: &Finding, rewritten: &'static str) -> event::Nat {
+fn section(
+    snapshot: &Snapshot,
+    finding: &Finding,
+    observed: Option<RangeFlags>,
+    rewritten: &'static str,
+) -> event::Nat {
     let all = |ids: &[RuleId]| ids.iter().filter_map(|id| rule(snapshot, *id)).collect();
     let one = |id: Option<RuleId>| id.and_then(|id| rule(snapshot, id));
     let named = one(finding.rule);
     event::Nat {
-        random_fully: match (&named, finding.random_fully) {
-            (Some(_), true) => "rule",
-            (Some(_), false) => "no",
-            (None, _) => rewritten,
+        random_fully: match (observed, &named, finding.random_fully) {
+            (Some(flags), _, _) => flags.level(),
+            (None, Some(_), true) => "rule",
+            (None, Some(_), false) => "no",
+            (None, None, _) => rewritten,
         },
+        range_flags: observed.map(RangeFlags::names),
         backend: named.as_ref().map(|named| named.backend),
         table: named.as_ref().map(|named| named.table.clone()),
         chain: named.as_ref().map(|named| named.chain.clone()),
@@ -191,3 +266,7 @@ fn rule(snapshot: &Snapshot, id: RuleId) -> Option<NatRule> {
         handle: rule.handle,
     })
 }
+
+#[cfg(test)]
+#[path = "nat/tests.rs"]
+mod tests;

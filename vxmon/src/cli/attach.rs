@@ -77,6 +77,9 @@ pub struct Args {
     /// Do as if the kernel had no BTF: judge without the skb's metadata.
     #[arg(long, hide = true)]
     no_btf: bool,
+    /// Do as if the kernel had no kprobes: NAT is not seen as it is set up.
+    #[arg(long, hide = true)]
+    no_nat_probe: bool,
     /// Do as if the kernel gave packet sockets no ring: read packet by packet.
     #[arg(long, hide = true)]
     no_packet_ring: bool,
@@ -148,6 +151,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             ConntrackArg::Skb => ConntrackSource::Skb,
             ConntrackArg::Netlink => ConntrackSource::Netlink,
         },
+        nat_probe: !args.no_nat_probe,
         engine: Choice {
             kind,
             no_tc,

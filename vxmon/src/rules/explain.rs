@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use super::{
     matching::{self, Outcome, Packet},
-    model::{Nat, NatKind, Part, RuleId},
+    model::{Nat, NatKind, PERSISTENT, Part, RANDOM, RANDOM_FULLY, RuleId},
     snapshot::{MarkChange, Snapshot},
 };
 
@@ -23,6 +23,8 @@ pub struct Question<'a> {
     pub after: (IpAddr, u16),
     /// The packet inside, as it is after NAT.
     pub inner: Option<&'a Packet>,
+    /// The flags by which the kernel was seen to choose that (`NF_NAT_RANGE_*`); none: not seen.
+    pub seen: Option<u32>,
 }
 
 /// Why the outer packet was taken by the rule.
@@ -96,6 +98,7 @@ struct Fit {
 #[must_use]
 pub fn explain(snapshot: &Snapshot, question: &Question<'_>) -> Finding {
     let nothing = |reason: String| Finding { reason: Some(reason), ..Finding::default() };
+    let as_seen = if question.seen.is_some() { ", in the way that the kernel was seen to do it," } else { "" };
     if let Some(unread) = snapshot.ruleset.unread.first() {
         return nothing(format!("not all rules could be read: {unread}"));
     }
@@ -113,7 +116,7 @@ pub fn explain(snapshot: &Snapshot, question: &Question<'_>) -> Finding {
     let certain = fits.iter().find(|fit| !fit.outcome.assumed);
     let finding = match (candidates.as_slice(), certain) {
         ([], _) => nothing(format!(
-            "no rule that is there now would have translated a packet with the mark {:#x}: the first packet of the \
+            "no rule that is there now would have translated a packet with the mark {:#x}{as_seen}: the first packet of the \
              connection had another one, or the rules have changed since",
             question.outer.mark.unwrap_or(0)
         )),
@@ -159,7 +162,10 @@ fn agrees(snapshot: &Snapshot, nat: &Nat, question: &Question<'_>) -> bool {
         (NatKind::Masquerade, _) => snapshot.world.addresses.as_ref().is_none_or(|own| own.contains(&address)),
         _ => true,
     };
-    address_fits && nat.ports.is_none_or(|(from, to)| (from..=to).contains(&port))
+    // The kernel adds others of its own (NF_NAT_RANGE_MAP_IPS).
+    let asked = RANDOM | RANDOM_FULLY | PERSISTENT;
+    let flags_fit = question.seen.is_none_or(|seen| seen & asked == nat.flags & asked);
+    address_fits && flags_fit && nat.ports.is_none_or(|(from, to)| (from..=to).contains(&port))
 }
 
 /// The marks that the packet may have had as NAT saw it, the one that it leaves with first: rules may have changed it on

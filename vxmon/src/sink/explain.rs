@@ -165,6 +165,7 @@ fn rule(nat: &Nat) -> Option<Part> {
     let evidence = match nat.random_fully {
         "observed" => "the kernel was seen to choose the port for it by random-fully",
         "rule" => "it has random-fully, and the packet's connection reached it",
+        "no" if nat.range_flags.is_some() => "the kernel was seen to choose the port for it without random-fully",
         "no" => "it has no random-fully",
         _ => "",
     };
@@ -177,11 +178,16 @@ fn rule(nat: &Nat) -> Option<Part> {
         let evidence = if evidence.is_empty() { String::new() } else { format!("; {evidence}") };
         return Some(part("rule", format!("`{rule}` ({place}){evidence}")));
     }
+    let seen = match (nat.random_fully, &nat.range_flags) {
+        ("observed", _) => "; the kernel was seen to choose the port by random-fully",
+        (_, Some(_)) => "; the kernel was seen to choose the port without random-fully",
+        (_, None) => "",
+    };
     if !nat.candidates.is_empty() {
         let rules: Vec<String> = nat.candidates.iter().map(rule_text).collect();
-        return Some(part("rule", format!("one of these, it cannot be told which: {}", rules.join("; "))));
+        return Some(part("rule", format!("one of these, it cannot be told which: {}{seen}", rules.join("; "))));
     }
-    nat.reason.as_ref().map(|reason| part("rule", format!("not known: {reason}")))
+    nat.reason.as_ref().map(|reason| part("rule", format!("not known: {reason}{seen}")))
 }
 
 fn mark(anomaly: &Anomaly) -> Option<Part> {

@@ -7,6 +7,7 @@ use btf_rs::{Btf, Struct, Type};
 use vxmon_common::{
     config::{Config, WINDOW, skb_access},
     conntrack::Tuple,
+    translation,
 };
 
 /// BTF of the kernel proper.
@@ -129,6 +130,16 @@ impl<'a> Members<'a> {
         find(self.btf, &self.structure, member, 0)
             .ok_or_else(|| LayoutError::Missing(format!("struct {}.{member}", self.name)))
     }
+
+    /// A member of a member that is a struct.
+    fn nested(&self, outer: &str, inner: &str) -> Result<Field, LayoutError> {
+        let outer_field = self.field(outer)?;
+        let found = match &outer_field.kind {
+            Type::Struct(structure) | Type::Union(structure) => find(self.btf, structure, inner, outer_field.bit),
+            _ => None,
+        };
+        found.ok_or_else(|| LayoutError::Missing(format!("struct {}.{outer}.{inner}", self.name)))
+    }
 }
 
 /// Finds a member, also within anonymous structs and unions.
@@ -200,13 +211,8 @@ fn fill_skb(btf: &Btf, config: &mut Config) -> Result<(), LayoutError> {
 
 fn fill_conntrack(vmlinux: &Btf, config: &mut Config) -> Result<(), LayoutError> {
     config.nfct = Members::of(vmlinux, "sk_buff")?.field("_nfct")?.byte();
-    let module;
-    let btf = if Members::of(vmlinux, "nf_conn").is_ok() {
-        vmlinux
-    } else {
-        module = open(CONNTRACK_MODULE, Some(vmlinux))?;
-        &module
-    };
+    let module = conntrack_module(vmlinux)?;
+    let btf = module.as_ref().unwrap_or(vmlinux);
     let entry = Members::of(btf, "nf_conn")?;
     let hash = Members::of(btf, "nf_conntrack_tuple_hash")?;
     check_tuple(btf)?;
@@ -218,6 +224,36 @@ fn fill_conntrack(vmlinux: &Btf, config: &mut Config) -> Result<(), LayoutError>
     config.tuple_reply = hashes + hash_size + tuple;
     config.status = entry.field("status")?.byte();
     Ok(())
+}
+
+/// BTF of the conntrack module, if that has the structures.
+fn conntrack_module(vmlinux: &Btf) -> Result<Option<Btf>, LayoutError> {
+    if Members::of(vmlinux, "nf_conn").is_ok() {
+        return Ok(None);
+    }
+    open(CONNTRACK_MODULE, Some(vmlinux)).map(Some)
+}
+
+/// Where the probe on NAT's set-up finds what it reads on the running kernel; it is to look at the network namespace with
+/// this inode number.
+pub fn translation(netns: u32) -> Result<translation::Config, LayoutError> {
+    let vmlinux = open(VMLINUX, None)?;
+    let mut conntrack = Config::default();
+    fill_conntrack(&vmlinux, &mut conntrack)?;
+    let module = conntrack_module(&vmlinux)?;
+    let entry = Members::of(module.as_ref().unwrap_or(&vmlinux), "nf_conn")?;
+    Ok(translation::Config {
+        netns,
+        tuple_orig: conntrack.tuple_orig,
+        tuple_reply: conntrack.tuple_reply,
+        status: conntrack.status,
+        net: entry.nested("ct_net", "net")?.byte(),
+        inum: Members::of(&vmlinux, "net")?.nested("ns", "inum")?.byte(),
+        zone: match entry.field("zone") {
+            Ok(_) => entry.nested("zone", "id")?.byte(),
+            Err(_) => translation::NO_OFFSET, // a kernel without CONFIG_NF_CONNTRACK_ZONES
+        },
+    })
 }
 
 /// Whether `struct nf_conntrack_tuple` is laid out as [`Tuple`] is.
@@ -257,6 +293,21 @@ mod tests {
                 assert!(config.data + 8 <= config.window_len);
             }
             Err(error) => assert!(error.to_string().contains(VMLINUX), "{error}"),
+        }
+    }
+
+    /// What two look-ups have in common they agree on, and the rest lies behind the tuples as in every kernel so far.
+    #[test]
+    fn finds_what_the_probe_reads_or_says_why_not() {
+        let layout = Layout::detect();
+        match (translation(7), &layout.conntrack) {
+            (Ok(found), Ok(())) => {
+                let Config { tuple_orig, tuple_reply, status, .. } = layout.config;
+                assert_eq!((found.netns, found.tuple_orig, found.tuple_reply), (7, tuple_orig, tuple_reply));
+                assert!(found.status == status && found.net > status && found.inum > 0, "{found:?}");
+                assert!(found.zone == translation::NO_OFFSET || found.zone < tuple_orig, "{found:?}");
+            }
+            (found, conntrack) => assert!(found.is_err() && conntrack.is_err(), "{found:?} {conntrack:?}"),
         }
     }
 }

@@ -6,6 +6,9 @@ use zerocopy::IntoBytes as _;
 /// The object that the daemon loads.
 pub static MAIN: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/vxmon"));
 
+/// The object that sees NAT being set up.
+pub static NAT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/vxmon-nat"));
+
 /// The same judge with the skb's metadata handed in, for tests and benchmarks. Not used by the daemon, and so not in its
 /// binary.
 #[doc(hidden)]

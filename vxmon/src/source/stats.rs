@@ -15,9 +15,19 @@ pub fn run_stats(program: BorrowedFd<'_>) -> Option<(Duration, u64)> {
     (runs > 0 || counted()).then_some((time, runs))
 }
 
+/// How often a loaded program was left out because one of its kind was running on that CPU; since 5.12, for kprobes since 6.7.
+/// None where it is not counted.
+pub fn misses(program: BorrowedFd<'_>) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", program.as_raw_fd())).ok()?;
+    field(&text, "recursion_misses:")
+}
+
+fn field(fdinfo: &str, name: &str) -> Option<u64> {
+    fdinfo.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
+}
+
 fn parse(fdinfo: &str) -> Option<(Duration, u64)> {
-    let field = |name: &str| fdinfo.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok());
-    Some((Duration::from_nanos(field("run_time_ns:")?), field("run_cnt:")?))
+    Some((Duration::from_nanos(field(fdinfo, "run_time_ns:")?), field(fdinfo, "run_cnt:")?))
 }
 
 #[cfg(test)]
@@ -31,5 +41,6 @@ mod tests {
                     prog_id:\t13\nrun_time_ns:\t1234\nrun_cnt:\t5\nrecursion_misses:\t0\nverified_insns:\t81000\n";
         assert_eq!(parse(text), Some((Duration::from_nanos(1234), 5)));
         assert_eq!(parse("pos:\t0\n"), None);
+        assert_eq!((field(text, "recursion_misses:"), field("pos:\t0\n", "recursion_misses:")), (Some(0), None));
     }
 }

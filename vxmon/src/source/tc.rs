@@ -155,6 +155,17 @@ fn refused(what: &str, error: &dyn std::error::Error) -> TcError {
     TcError::Refused { what: what.to_owned(), reason }
 }
 
+/// The capability without which maps can no longer be used, if there is one. Where kernel.unprivileged_bpf_disabled is set,
+/// before 5.19 (c8644cd0efe7) every bpf(2) needs CAP_BPF, before 5.8 CAP_SYS_ADMIN; from then on only what makes something new.
+pub(super) fn for_bpf() -> Option<Capability> {
+    let version = KernelVersion::current().unwrap_or(KernelVersion::new(0, 0, 0));
+    if version >= KernelVersion::new(5, 19, 0) {
+        return None;
+    }
+    let bpf = version >= KernelVersion::new(5, 8, 0) && sandbox::has(Capability::CAP_BPF);
+    Some(if bpf { Capability::CAP_BPF } else { Capability::CAP_SYS_ADMIN })
+}
+
 impl Tc {
     /// Loads the programs with these settings.
     pub fn load(layout: &Layout, hook: Hook) -> Result<Self, TcError> {
@@ -304,13 +315,7 @@ impl Engine for Tc {
     fn keeps(&self) -> Vec<Capability> {
         // For both kinds of attachment, and for questions about conntrack entries.
         let mut keeps = vec![Capability::CAP_NET_ADMIN];
-        // Where kernel.unprivileged_bpf_disabled is set, before 5.19 (c8644cd0efe7) every bpf(2) needs CAP_BPF, before 5.8
-        // CAP_SYS_ADMIN; from then on only what makes something new.
-        let version = KernelVersion::current().unwrap_or(KernelVersion::new(0, 0, 0));
-        if version < KernelVersion::new(5, 19, 0) {
-            let bpf = version >= KernelVersion::new(5, 8, 0) && sandbox::has(Capability::CAP_BPF);
-            keeps.push(if bpf { Capability::CAP_BPF } else { Capability::CAP_SYS_ADMIN });
-        }
+        keeps.extend(for_bpf());
         keeps
     }
 
