@@ -19,8 +19,8 @@ use serde_json::Value;
 
 use crate::{Netns, cmd};
 
-/// How long it may take to attach, or to end.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long it may take to attach, or to end: in an emulated guest, without optimisation, reading the kernel's BTF takes seconds.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A `vxmon attach` that runs in a namespace. Dropping it kills it.
 #[derive(Debug)]

@@ -14,7 +14,7 @@ use vxmon_tests::{
     vxmon::sees_nat,
 };
 
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(30);
 /// Long enough for the first SYN, shorter than its retry.
 const A_MOMENT: Duration = Duration::from_millis(120);
 const JSON: [&str; 2] = ["--format", "json"];
