@@ -86,13 +86,10 @@ pub fn executable(command: &mut Command) -> Result<PathBuf> {
     found.context("cargo built no executable")
 }
 
-/// Builds those integration tests of `package`, and returns the path of each, by name.
-pub fn test_binaries(package: &str, names: &[String], release: bool) -> Result<BTreeMap<String, PathBuf>> {
+/// Builds those integration tests of `package`, as [`crate::test`] does, and returns the path of each, by name.
+pub fn test_binaries(package: &str, names: &[String]) -> Result<BTreeMap<String, PathBuf>> {
     let mut command = command()?;
     command.args(["test", "--no-run", "--locked", "--message-format=json-render-diagnostics", "--package", package]);
-    if release {
-        command.arg("--release");
-    }
     for name in names {
         command.args(["--test", name]);
     }

@@ -1,7 +1,8 @@
 //! All tests: unit and property tests, documentation examples, and the privileged tests of package `vxmon-tests`.
 //!
-//! One profile (release) for all, so that tests meet the binary that users get. cargo prints a result for each test
-//! binary; the last line here is their sum.
+//! The tests themselves are built without optimisation, beside clippy's and xtask's own dependencies; the vxmon that they run
+//! is the release binary that users get (`VXMON_BIN`). cargo prints a result for each test binary; the last line here is their
+//! sum.
 
 use std::{
     fs,
@@ -32,7 +33,7 @@ pub fn run(args: &[String]) -> Result<ExitCode> {
     let mut success = true;
     for call in calls(&vxmon, &skip_file)? {
         let mut command = cargo::command()?;
-        command.args(["test", "--release", "--locked", "--no-fail-fast"]).args(call).arg("--").args(args);
+        command.args(["test", "--locked", "--no-fail-fast"]).args(call).arg("--").args(args);
         // Where the tests find the daemon, and note those that cannot run on this machine.
         command.env("VXMON_BIN", &vxmon).env("VXMON_SKIP_FILE", &skip_file);
         let mut count = Count::default();

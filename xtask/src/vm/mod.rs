@@ -142,8 +142,7 @@ fn jobs(options: &Options, vxmon: &Path) -> Result<Vec<Job>> {
     let quick = |name: &str| QUICK.iter().find(|(binary, _)| *binary == name).map(|(_, tests)| *tests);
     let mut names = test_names()?;
     names.retain(|name| wanted(name) && (!options.quick || quick(name).is_some()));
-    let binaries =
-        if names.is_empty() { BTreeMap::new() } else { cargo::test_binaries(PACKAGE, &names, !options.dev)? };
+    let binaries = if names.is_empty() { BTreeMap::new() } else { cargo::test_binaries(PACKAGE, &names)? };
     let mut jobs = Vec::new();
     for (name, binary) in binaries {
         let mut filter: Vec<&str> = options.test.iter().map(String::as_str).collect();
