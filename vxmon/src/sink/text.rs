@@ -4,7 +4,8 @@ use std::fmt::Write as _;
 
 use super::Paint;
 use crate::event::{
-    Anomaly, Attached, Detached, Ending, Endpoints, Inner, Lost, Missed, Offload, Packets, Record, Summary,
+    Anomaly, Attached, Detached, DeviceSummary, Ending, Endpoints, Inner, Lost, Missed, Offload, Packets, Record,
+    Summary,
 };
 
 /// An event as text, without the last line's end.
@@ -198,10 +199,59 @@ fn summary(summary: &Summary) -> String {
     if nat > 0 {
         let _ = write!(
             text,
-            "\nNAT with --random-fully or a changed source port breaks these packets on this node. To stop it now: \
-             ethtool -K <VXLAN device> tx-checksum-ip-generic off. To cure it: kube-proxy rules that clear the mark \
-             (1.16.13, 1.17.9, 1.18.6 or later, and no older rule left in front)."
+            "\nNAT with --random-fully or a changed source port breaks these packets on this node. To stop it now: {}. To \
+             cure it: kube-proxy rules that clear the mark (1.16.13, 1.17.9, 1.18.6 or later, and no older rule left in \
+             front).",
+            stop(&summary.devices)
         );
     }
     text
+}
+
+/// What ends both faults at once: for the VXLAN devices that were seen to hand over packets with the inner checksum left to
+/// offload; if none was watched, how to find the device.
+fn stop(devices: &[DeviceSummary]) -> String {
+    let vxlans = || devices.iter().filter(|device| device.role == "vxlan");
+    let offloads = |device: &&DeviceSummary| device.packets.verdicts.get("pending").is_some_and(|pending| *pending > 0);
+    let mut names: Vec<&str> = vxlans().filter(offloads).map(|device| device.dev.as_str()).collect();
+    if names.is_empty() {
+        names.extend(vxlans().map(|device| device.dev.as_str()));
+    }
+    // A device made anew has a line of its own.
+    names.sort_unstable();
+    names.dedup();
+    if names.is_empty() {
+        return "turn tx-checksum-ip-generic off with `ethtool -K` on the VXLAN device (`ip -d link show type vxlan` names \
+                it)"
+            .to_owned();
+    }
+    names.iter().map(|name| format!("ethtool -K {name} tx-checksum-ip-generic off")).collect::<Vec<_>>().join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(dev: &str, ifindex: u32, role: &'static str, pending: u64) -> DeviceSummary {
+        let verdicts = [("pending", pending)].into();
+        DeviceSummary { dev: dev.to_owned(), ifindex, role, packets: Packets { verdicts, ..Packets::default() } }
+    }
+
+    #[test]
+    fn the_remedy_names_the_devices_that_offload() {
+        let uplink = device("eth0", 2, "uplink", 9);
+        let again = [device("flannel.1", 3, "vxlan", 1), device("flannel.1", 7, "vxlan", 2)];
+        let quiet = device("vxlan.calico", 4, "vxlan", 0);
+        let [one, two] = again;
+        assert_eq!(
+            stop(&[uplink.clone(), one.clone(), two, quiet.clone()]),
+            "ethtool -K flannel.1 tx-checksum-ip-generic off"
+        );
+        assert_eq!(
+            stop(&[one, device("vxlan.calico", 4, "vxlan", 5)]),
+            "ethtool -K flannel.1 tx-checksum-ip-generic off; ethtool -K vxlan.calico tx-checksum-ip-generic off"
+        );
+        assert_eq!(stop(&[uplink.clone(), quiet]), "ethtool -K vxlan.calico tx-checksum-ip-generic off");
+        assert!(stop(&[uplink]).contains("ip -d link show type vxlan"));
+    }
 }
