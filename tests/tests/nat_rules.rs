@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use vxmon::rules::{Backend as Home, Snapshot, render};
+use vxmon::rules::{Backend as Home, Keep, Snapshot, render};
 use vxmon_tests::{
     Backend, Family, Lab, LabOptions, Netns, RuleForm, Rules, Vxmon, cmd, skip,
     traffic::{self, HttpServer},
@@ -421,7 +421,7 @@ fn rules_are_rendered_as_the_tools_do() -> Result<()> {
     }
     give(&netns, "nft", &["-f", "-"], NFT)?;
     give(&netns, "nft", &["-f", "-"], KUBE_PROXY)?;
-    let snapshot = netns.enter(|| Ok(Snapshot::read()))?;
+    let snapshot = netns.enter(|| Ok(Snapshot::read_keeping(Keep::All)))?;
     ensure!(snapshot.ruleset.unread.is_empty(), "{:?}", snapshot.ruleset.unread);
     let rendered = |home: Home| -> BTreeSet<String> {
         let tables = snapshot.ruleset.tables.iter().filter(|table| table.backend == home);

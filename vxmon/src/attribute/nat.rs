@@ -262,7 +262,7 @@ fn rule(snapshot: &Snapshot, id: RuleId) -> Option<NatRule> {
         backend: table.backend.name(),
         table: format!("{} {}", table.family.name(), table.name),
         chain: chain.name.to_string(),
-        position: u32::try_from(id.rule + 1).unwrap_or(u32::MAX),
+        position: rule.position,
         handle: rule.handle,
     })
 }

@@ -1,7 +1,10 @@
 //! Reading netlink attributes one by one, with every bound checked. It never fails: what has the wrong length reads as
 //! absent, so an attribute that is unknown, or longer in a newer kernel, costs itself and nothing else.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    borrow::Cow,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use netlink_packet_core::{NLA_HEADER_SIZE, NlasIterator};
 
@@ -62,8 +65,13 @@ impl<'a> Value<'a> {
 
     /// Text up to the first NUL. Bytes that are not UTF-8 are replaced: names of devices may hold any byte.
     pub(super) fn text(self) -> String {
+        self.name().into_owned()
+    }
+
+    /// The same, where it is, if it is UTF-8.
+    pub(super) fn name(self) -> Cow<'a, str> {
         let end = self.0.iter().position(|byte| *byte == 0).unwrap_or(self.0.len());
-        String::from_utf8_lossy(self.0.get(..end).unwrap_or_default()).into_owned()
+        String::from_utf8_lossy(self.0.get(..end).unwrap_or_default())
     }
 
     /// The attributes nested in this one.

@@ -3,6 +3,8 @@
 
 pub mod expression;
 
+use std::borrow::Cow;
+
 use netlink_packet_core::DefaultNla;
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily, NetfilterSubsystem,
@@ -191,34 +193,91 @@ fn decode_chain(reply: Reply<'_>) -> Option<Chain> {
     Some(Chain { family, table: table?, name: name?, hook, kind: chain_type, drops })
 }
 
-/// All rules, in order within each chain, as `read` makes something of them.
+/// The rules of one chain, in order.
 ///
 /// # Errors
 /// See [`Socket::dump`].
-pub fn rules<T>(socket: &mut Socket, mut read: impl FnMut(Rule) -> Option<T>) -> Result<Vec<T>, Error> {
-    socket.dump("list nftables rules", &get(message::GET_RULE, 0, vec![]), |reply| read(decode_rule(reply)?))
+pub fn chain_rules(socket: &mut Socket, family: u8, table: &str, chain: &str) -> Result<Vec<Rule>, Error> {
+    let attributes = vec![text(nfta::RULE_TABLE, table), text(nfta::RULE_CHAIN, chain)];
+    let request = format!("list the rules of nftables chain {chain}");
+    socket.dump(&request, &get(message::GET_RULE, family, attributes), |reply| {
+        let rule = decode_rule(reply)?;
+        // Before 4.10 the kernel passes over the names, and lists everything.
+        (rule.family == family && rule.table == table && rule.chain == chain).then(|| rule.decode())
+    })
 }
 
-fn decode_rule(reply: Reply<'_>) -> Option<Rule> {
+/// Goes through all rules, in order within each chain; whether they are of one moment: if not, some may be left out, or come
+/// twice.
+///
+/// # Errors
+/// See [`Socket::visit`].
+pub fn visit_rules(socket: &mut Socket, mut each: impl FnMut(&RawRule<'_>)) -> Result<bool, Error> {
+    socket.visit("list nftables rules", &get(message::GET_RULE, 0, vec![]), |reply| {
+        if let Some(rule) = decode_rule(reply) {
+            each(&rule);
+        }
+    })
+}
+
+/// A rule as it came, of which only what is asked for is made out.
+#[derive(Clone, Debug)]
+pub struct RawRule<'a> {
+    /// `NFPROTO_*` of its table.
+    pub family: u8,
+    /// Its table.
+    pub table: Cow<'a, str>,
+    /// Its chain.
+    pub chain: Cow<'a, str>,
+    /// Its handle.
+    pub handle: u64,
+    expressions: Value<'a>,
+    user_data: &'a [u8],
+}
+
+impl RawRule<'_> {
+    /// Those of its expressions that go by one of these names.
+    pub fn named(&self, names: &[&str]) -> impl Iterator<Item = Expression> {
+        self.expressions
+            .nested()
+            .filter(|(_, value)| Expression::name(*value).is_some_and(|name| names.contains(&&*name)))
+            .map(|(_, value)| Expression::read(value))
+    }
+
+    /// All of it.
+    #[must_use]
+    pub fn decode(&self) -> Rule {
+        Rule {
+            family: self.family,
+            table: self.table.to_string(),
+            chain: self.chain.to_string(),
+            handle: self.handle,
+            expressions: self.expressions.nested().map(|(_, value)| Expression::read(value)).collect(),
+            comment: decode_comment(self.user_data),
+        }
+    }
+}
+
+fn decode_rule(reply: Reply<'_>) -> Option<RawRule<'_>> {
     let (_, family) = kind(&reply)?;
-    let (mut table, mut chain, mut handle, mut expressions, mut comment) = (None, None, None, Vec::new(), None);
+    let (mut table, mut chain, mut handle, mut expressions, mut user_data) = (None, None, None, Value(&[]), &[][..]);
     for (kind, value) in attributes_after(NFGENMSG, reply.payload) {
         match kind {
-            nfta::RULE_TABLE => table = Some(value.text()),
-            nfta::RULE_CHAIN => chain = Some(value.text()),
+            nfta::RULE_TABLE => table = Some(value.name()),
+            nfta::RULE_CHAIN => chain = Some(value.name()),
             nfta::RULE_HANDLE => handle = value.array().map(u64::from_be_bytes),
-            nfta::RULE_EXPRESSIONS => expressions = value.nested().map(|(_, value)| Expression::read(value)).collect(),
-            nfta::RULE_USERDATA => comment = decode_comment(value.0),
+            nfta::RULE_EXPRESSIONS => expressions = value,
+            nfta::RULE_USERDATA => user_data = value.0,
             _ => {}
         }
     }
-    Some(Rule { family, table: table?, chain: chain?, handle: handle?, expressions, comment })
+    Some(RawRule { family, table: table?, chain: chain?, handle: handle?, expressions, user_data })
 }
 
 /// A rule from a message's payload.
 #[cfg(test)]
 pub(crate) fn decode_golden(payload: &[u8]) -> Option<Rule> {
-    decode_rule(Reply { kind: u16::from(SUBSYSTEM) << 8 | 6, payload })
+    decode_rule(Reply { kind: u16::from(SUBSYSTEM) << 8 | 6, payload }).map(|rule| rule.decode())
 }
 
 /// libnftnl's own encoding of user data: type, length, value; type 0 is the comment.
@@ -306,7 +365,10 @@ mod tests {
         #[test]
         fn garbage_is_left_out(kind in 0_u16..0x0a20, bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
             let reply = || Reply { kind, payload: &bytes };
-            let _ = (decode_chain(reply()), decode_rule(reply()), decode_set(reply()), decode_elements(&reply()));
+            let _ = (decode_chain(reply()), decode_set(reply()), decode_elements(&reply()));
+            if let Some(rule) = decode_rule(reply()) {
+                let _ = (rule.named(&["meta", "immediate"]).count(), rule.decode());
+            }
             let _ = Expression::read(Value(&bytes));
         }
     }

@@ -149,6 +149,25 @@ impl Socket {
         }
     }
 
+    /// Sends a request for all objects of a kind, once, and shows each of them to `each`. False if something changed
+    /// meanwhile (`NLM_F_DUMP_INTR`, or messages were lost): objects may be missing then, or have come twice.
+    ///
+    /// # Errors
+    /// As [`Socket::request`].
+    pub fn visit<M: NetlinkSerializable>(
+        &mut self,
+        request: &str,
+        message: &M,
+        mut each: impl FnMut(Reply<'_>),
+    ) -> Result<bool, Error> {
+        let deadline = Instant::now() + ANSWER_TIMEOUT;
+        let mut read = |reply: Reply<'_>| -> Option<()> {
+            each(reply);
+            None
+        };
+        self.exchange(request, NLM_F_DUMP, message, deadline, &mut read).map(|answer| !answer.interrupted)
+    }
+
     fn exchange<M: NetlinkSerializable, T>(
         &mut self,
         request: &str,

@@ -2,7 +2,7 @@
 //! `/proc/net/ip_tables_names` lists, since asking for another makes the kernel load and create it. It never writes.
 
 use std::{
-    collections::{HashMap, hash_map::DefaultHasher},
+    collections::{HashMap, HashSet, hash_map::DefaultHasher},
     fs,
     hash::Hasher as _,
     io,
@@ -14,6 +14,7 @@ use nix::libc;
 
 use super::{
     model::{Act, Backend, Base, Family, Hook, Kind, Part, Rule, Side, Table, Test, Verdict},
+    reach::{self, Keep, Others, note_reached},
     xt::{self, Fields},
 };
 
@@ -95,12 +96,12 @@ fn names(family: Family) -> Vec<String> {
 }
 
 /// Reads all tables with NAT rules or marks.
-pub fn read() -> (Vec<Table>, Vec<Seen>, Vec<Error>) {
+pub fn read(keep: Keep) -> (Vec<Table>, Vec<Seen>, Vec<Error>) {
     let (mut tables, mut seen, mut errors) = (Vec::new(), Vec::new(), Vec::new());
     for family in [Family::Ip, Family::Ip6] {
         for name in names(family) {
             match entries(family, &name) {
-                Ok((info, blob)) => match parse(family, &name, &info, &blob) {
+                Ok((info, blob)) => match parse(family, &name, &info, &blob, keep) {
                     Ok(table) => {
                         seen.push(Seen { family, table: name, info, hash: hash(family, &blob) });
                         tables.push(table);
@@ -224,6 +225,13 @@ struct Entry<'a> {
     target: usize,
 }
 
+impl<'a> Entry<'a> {
+    /// struct xt_entry_target, and what follows.
+    fn target(&self) -> Fields<'a> {
+        Fields(self.bytes.get(self.target..).unwrap_or_default())
+    }
+}
+
 /// The entries; an error where the offsets in one lead out of it.
 fn walk<'a>(layout: &'static Layout, blob: &'a [u8]) -> impl Iterator<Item = Result<Entry<'a>, usize>> {
     let mut at = 0;
@@ -279,58 +287,156 @@ fn matches<'a>(layout: &Layout, entry: &Entry<'a>) -> impl Iterator<Item = (Stri
     })
 }
 
-/// A table from its entries. Chains are where the hooks enter, and after each entry whose target is "ERROR".
-fn parse(family: Family, name: &str, info: &Info, blob: &[u8]) -> Result<Table, Error> {
-    let layout = Layout::of(family);
+/// A table from its entries, or what is kept of it.
+fn parse(family: Family, name: &str, info: &Info, blob: &[u8], keep: Keep) -> Result<Table, Error> {
     let malformed = |at| Error::Malformed { family: family.name(), table: name.to_owned(), at };
-    let mut table = Table::new(Backend::IptablesLegacy, family, name);
-    let mut starts: HashMap<usize, Box<str>> = HashMap::new();
-    let mut policies: HashMap<usize, usize> = HashMap::new();
-    const HOOKS: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
-    for (number, (hook, (entry, underflow))) in HOOKS.iter().zip(info.entry.iter().zip(info.underflow)).enumerate() {
-        if info.hooks & (1 << number) != 0 {
-            let chain = table.chain(hook);
-            starts.insert(usize::try_from(*entry).unwrap_or(usize::MAX), (*hook).into());
-            policies.insert(usize::try_from(underflow).unwrap_or(usize::MAX), chain);
-        }
+    let mut parser = Parser::new(family, name, info, blob).map_err(malformed)?;
+    let mut others = Others::new(&parser.table);
+    let mut postrouting = Vec::new();
+    if keep == Keep::WhatMatters {
+        parser.jumps(&mut others);
+        postrouting = others.reached_from(&parser.table, reach::is_postrouting);
     }
-    for entry in walk(layout, blob) {
-        let entry = entry.map_err(malformed)?;
-        let target = Fields(entry.bytes.get(entry.target..).unwrap_or_default());
-        if target.text(2, 29).as_deref() == Some("ERROR")
-            && let Some(chain) = target.text(PART, 30)
-        {
-            starts.insert(entry.at + entry.bytes.len(), chain.into());
+    parser.rules(|place, rule| {
+        if keep == Keep::All || postrouting.get(place.chain) == Some(&true) {
+            Some(rule())
+        } else if place.target == "MARK" {
+            others.mark(place.chain, rule());
+            None
+        } else {
+            None
         }
-    }
-    let mut chain = None;
-    for entry in walk(layout, blob) {
-        let entry = entry.map_err(malformed)?;
-        if let Some(name) = starts.get(&entry.at) {
-            chain = Some(table.chain(name));
-        }
-        let target = Fields(entry.bytes.get(entry.target..).unwrap_or_default());
-        let target_name = target.text(2, 29).unwrap_or_default();
-        if target_name == "ERROR" {
-            continue;
-        }
-        let Some(chain) = chain else { return Err(malformed(entry.at)) };
-        if let Some(base) = policies.get(&entry.at) {
-            let drops = target.i32(PART) == Some(-1);
-            if let (Some(hook), Some(chain)) = (hook_of(info, entry.at), table.chains.get_mut(*base)) {
-                chain.base = Some(Base { kind: kind(name), hook, priority: priority(name, hook), drops });
-            }
-            continue;
-        }
-        let parts = rule(layout, family, &entry, target, &target_name, &starts);
-        if let Some(chain) = table.chains.get_mut(chain)
-            // What ends a chain of the user's is no rule of theirs.
-            && !is_end_of_chain(layout, &entry, target, &starts, blob.len())
-        {
-            chain.rules.push(Rule { handle: None, parts: parts.into(), comment: None });
-        }
+    });
+    let mut table = parser.table;
+    match keep {
+        Keep::All => note_reached(&mut table),
+        Keep::WhatMatters => others.finish(&mut table),
     }
     Ok(table)
+}
+
+/// A rule among the entries.
+struct Place<'a> {
+    /// Number of its chain.
+    chain: usize,
+    /// Name of its target; empty for a verdict or a jump.
+    target: &'a str,
+}
+
+/// Goes through the entries. Chains are where the hooks enter, and after each entry whose target is "ERROR".
+struct Parser<'a> {
+    family: Family,
+    layout: &'static Layout,
+    blob: &'a [u8],
+    /// The chains, the base chains among them hooked in.
+    table: Table,
+    /// Names of chains by where they begin.
+    starts: HashMap<usize, Box<str>>,
+    /// Offsets of the base chains' policies.
+    policies: HashSet<usize>,
+}
+
+impl<'a> Parser<'a> {
+    /// Finds the chains; an error is the offset where the entries end wrongly.
+    fn new(family: Family, name: &str, info: &Info, blob: &'a [u8]) -> Result<Self, usize> {
+        const HOOKS: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
+        let layout = Layout::of(family);
+        let mut table = Table::new(Backend::IptablesLegacy, family, name);
+        let mut starts: HashMap<usize, Box<str>> = HashMap::new();
+        let mut policies: HashMap<usize, usize> = HashMap::new();
+        for (number, (hook, (entry, underflow))) in HOOKS.iter().zip(info.entry.iter().zip(info.underflow)).enumerate()
+        {
+            if info.hooks & (1 << number) != 0 {
+                let chain = table.chain(hook);
+                starts.insert(usize::try_from(*entry).unwrap_or(usize::MAX), (*hook).into());
+                policies.insert(usize::try_from(underflow).unwrap_or(usize::MAX), chain);
+            }
+        }
+        let (mut is_in_chain, mut next): (bool, Option<Box<str>>) = (false, None);
+        for entry in walk(layout, blob) {
+            let entry = entry?;
+            if let Some(chain) = next.take() {
+                table.chain(&chain);
+                starts.insert(entry.at, chain);
+            }
+            is_in_chain |= starts.contains_key(&entry.at);
+            let target = entry.target();
+            if is_error(target) {
+                next = target.text(PART, 30).map(String::into_boxed_str);
+                continue;
+            }
+            if !is_in_chain {
+                return Err(entry.at);
+            }
+            if let Some(base) = policies.get(&entry.at) {
+                let drops = target.i32(PART) == Some(-1);
+                if let (Some(hook), Some(chain)) = (hook_of(info, entry.at), table.chains.get_mut(*base)) {
+                    chain.base = Some(Base { kind: kind(name), hook, priority: priority(name, hook), drops });
+                }
+            }
+        }
+        let policies = policies.into_keys().collect();
+        Ok(Self { family, layout, blob, table, starts, policies })
+    }
+
+    /// The users' rules, with the numbers of their chains.
+    fn entries(&self) -> impl Iterator<Item = (usize, Entry<'a>)> {
+        let mut chain = None;
+        walk(self.layout, self.blob).flatten().filter_map(move |entry| {
+            if let Some(name) = self.starts.get(&entry.at) {
+                chain = self.table.by_name.get(name).copied();
+            }
+            let target = entry.target();
+            // What ends a chain of the user's is no rule of theirs.
+            let is_rule = !is_error(target)
+                && !self.policies.contains(&entry.at)
+                && !is_end_of_chain(self.layout, &entry, target, &self.starts, self.blob.len());
+            chain.filter(|_| is_rule).map(|chain| (chain, entry))
+        })
+    }
+
+    /// Notes where rules lead.
+    fn jumps(&self, others: &mut Others) {
+        for (chain, entry) in self.entries() {
+            let target = entry.target();
+            let to = target.i32(PART).filter(|_| target.u8(2) == Some(0)).and_then(|to| usize::try_from(to).ok());
+            let to = to.and_then(|to| self.table.by_name.get(self.starts.get(&to)?));
+            if let Some(to) = to {
+                others.jump(chain, *to);
+            }
+        }
+    }
+
+    /// Has `take` say which rules belong into the table.
+    fn rules(&mut self, mut take: impl FnMut(&Place<'_>, &dyn Fn() -> Rule) -> Option<Rule>) {
+        let mut kept: Vec<(usize, Rule)> = Vec::new();
+        let mut positions = vec![0_u32; self.table.chains.len()];
+        for (chain, entry) in self.entries() {
+            let target = entry.target();
+            let name = target.text(2, 29).unwrap_or_default();
+            let position = positions.get_mut(chain).map_or(0, |position| {
+                *position += 1;
+                *position
+            });
+            let rule = || Rule {
+                handle: None,
+                position,
+                parts: rule(self.layout, self.family, &entry, target, &name, &self.starts).into(),
+                comment: None,
+            };
+            kept.extend(take(&Place { chain, target: &name }, &rule).map(|rule| (chain, rule)));
+        }
+        for (chain, rule) in kept {
+            if let Some(chain) = self.table.chains.get_mut(chain) {
+                chain.rules.push(rule);
+            }
+        }
+    }
+}
+
+/// Whether an entry begins a chain of the user's, or ends the table.
+fn is_error(target: Fields<'_>) -> bool {
+    target.text(2, 29).as_deref() == Some("ERROR")
 }
 
 fn hook_of(info: &Info, at: usize) -> Option<Hook> {
@@ -487,7 +593,7 @@ mod tests {
             let info = decode_info(&bytes(lines.next().unwrap()));
             let blob = bytes(lines.next().unwrap());
             assert_eq!(info.size as usize, blob.len());
-            let table = parse(family, "nat", &info, &blob).unwrap();
+            let table = parse(family, "nat", &info, &blob, Keep::All).unwrap();
             let rendered: Vec<String> = table
                 .chains
                 .iter()
@@ -526,7 +632,9 @@ mod tests {
                 blob.truncate(320);
             }
             let info = Info { hooks: 0x1f, entry: [0; 5], underflow: [160; 5], entries: 1, size: 0 };
-            let _ = parse(family, "nat", &info, &blob);
+            for keep in [Keep::All, Keep::WhatMatters] {
+                let _ = parse(family, "nat", &info, &blob, keep);
+            }
             let _ = hash(family, &blob);
         }
     }

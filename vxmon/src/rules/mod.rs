@@ -3,6 +3,7 @@
 //! ```text
 //! legacy, nft  readers: xtables by getsockopt; nftables (iptables-nft and native) by netlink
 //! xt           structures of xtables' matches and targets, which both readers meet
+//! reach        which chains matter: the others are not kept
 //! model        the ruleset
 //! matching     the rule that a packet reaches: yes, no, cannot tell
 //! explain      from that to a finding: the rule, its mark, who set it, why nobody cleared it
@@ -17,6 +18,7 @@ pub mod legacy;
 pub mod matching;
 pub mod model;
 pub mod nft;
+pub mod reach;
 pub mod render;
 pub mod snapshot;
 pub mod watch;
@@ -25,5 +27,6 @@ mod xt;
 pub use explain::{Finding, Question, Why};
 pub use matching::{Device, Packet, World};
 pub use model::{Backend, RuleId, Ruleset};
+pub use reach::Keep;
 pub use snapshot::Snapshot;
 pub use watch::Rules;

@@ -76,7 +76,7 @@ pub struct Table {
     pub family: Family,
     /// Its name.
     pub name: Box<str>,
-    /// Its chains.
+    /// Its chains, or those of them that matter.
     pub chains: Vec<Chain>,
     /// Chains by name.
     pub by_name: HashMap<Box<str>, usize>,
@@ -96,7 +96,7 @@ impl Table {
         if let Some(index) = self.by_name.get(name) {
             return *index;
         }
-        self.chains.push(Chain { name: name.into(), base: None, rules: Vec::new() });
+        self.chains.push(Chain { name: name.into(), base: None, reached: false, rules: Vec::new() });
         self.by_name.insert(name.into(), self.chains.len() - 1);
         self.chains.len() - 1
     }
@@ -109,7 +109,9 @@ pub struct Chain {
     pub name: Box<str>,
     /// Where it is hooked in, if it is.
     pub base: Option<Base>,
-    /// Its rules, in order.
+    /// A base chain can lead to it.
+    pub reached: bool,
+    /// Its rules, in order: all of them if POSTROUTING can lead to it, else at least those that set marks.
     pub rules: Vec<Rule>,
 }
 
@@ -170,6 +172,8 @@ impl From<u32> for Hook {
 pub struct Rule {
     /// Its handle; none in iptables-legacy.
     pub handle: Option<u64>,
+    /// Its place in its chain, from 1.
+    pub position: u32,
     /// What it asks and does, in order.
     pub parts: Box<[Part]>,
     /// nft's comment.

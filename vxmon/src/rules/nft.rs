@@ -2,44 +2,16 @@
 //! iptables' own conditions. It never asks the kernel more than [`crate::netlink::nftables`] does.
 
 mod iptables;
+mod read;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
+pub use self::read::read;
 use super::{
-    model::{
-        Act, Backend, Base, Change, Element, Family, Hook, Kind, Nat, NatKind, Op, Part, Rule, Set, Side, Source,
-        Table, Test, Value, Verdict, Way,
-    },
+    model::{Act, Change, Family, Nat, NatKind, Op, Part, Set, Side, Source, Test, Value, Verdict},
     xt,
 };
-use crate::netlink::{
-    Error, Socket,
-    nftables::{
-        self as wire,
-        expression::{Data, Expression},
-    },
-};
-
-/// Elements of one set that are read; a larger one counts as not read.
-const LARGEST_SET: usize = 1 << 16;
-/// How often the ruleset is read anew because it changed meanwhile; the last attempt counts as it is.
-const ATTEMPTS: u32 = 4;
-
-/// The tables, and the generation that they are of; no generation if the kernel has no nftables.
-///
-/// # Errors
-/// See [`wire::generation`].
-pub fn read(socket: &mut Socket) -> Result<(Vec<Table>, Option<u32>), Error> {
-    let mut attempt = 1;
-    loop {
-        let Some(before) = wire::generation(socket)? else { return Ok((Vec::new(), None)) };
-        let tables = read_once(socket)?;
-        if wire::generation(socket)? == Some(before) || attempt == ATTEMPTS {
-            return Ok((tables, Some(before)));
-        }
-        attempt += 1;
-    }
-}
+use crate::netlink::nftables::expression::{Data, Expression};
 
 /// `NFPROTO_*`, include/uapi/linux/netfilter.h.
 const fn family(number: u8) -> Option<Family> {
@@ -59,149 +31,6 @@ const fn family_number(family: Family) -> u8 {
     }
 }
 
-fn read_once(socket: &mut Socket) -> Result<Vec<Table>, Error> {
-    let chains = wire::chains(socket)?;
-    let mut tables: Vec<Table> = Vec::new();
-    let mut numbers: HashMap<(Family, String), usize> = HashMap::new();
-    for chain in &chains {
-        let Some(family) = family(chain.family) else { continue };
-        let number = *numbers.entry((family, chain.table.clone())).or_insert_with(|| {
-            let backend =
-                if is_iptables(family, &chain.table, &chains) { Backend::IptablesNft } else { Backend::Nftables };
-            tables.push(Table::new(backend, family, &chain.table));
-            tables.len() - 1
-        });
-        if let Some(table) = tables.get_mut(number) {
-            let index = table.chain(&chain.name);
-            if let (Some((hook, priority)), Some(entry)) = (chain.hook, table.chains.get_mut(index)) {
-                let kind = if chain.kind.as_deref() == Some("nat") { Kind::Nat } else { Kind::Other };
-                entry.base = Some(Base { kind, hook: Hook::from(hook), priority, drops: chain.drops });
-            }
-        }
-    }
-    for set in wire::sets(socket)? {
-        let table = family(set.family).and_then(|family| numbers.get(&(family, set.table.clone())));
-        if let Some(table) = table.and_then(|number| tables.get_mut(*number)) {
-            let flag = |bit: u32| set.flags & bit != 0;
-            let entry = Set {
-                anonymous: flag(wire::SET_ANONYMOUS),
-                interval: flag(wire::SET_INTERVAL),
-                key_len: usize::try_from(set.key_len).unwrap_or(0),
-                elements: None,
-            };
-            table.sets.insert(set.name.into(), entry);
-        }
-    }
-    wire::rules(socket, |rule| -> Option<()> {
-        let family = family(rule.family)?;
-        let number = numbers.get(&(family, rule.table.clone()))?;
-        add_rule(tables.get_mut(*number)?, rule);
-        None
-    })?;
-    for table in &mut tables {
-        read_elements(socket, table)?;
-    }
-    Ok(tables)
-}
-
-/// Whether a table is one of iptables-nft's: its name, and all base chains have iptables' names.
-fn is_iptables(family: Family, table: &str, chains: &[wire::Chain]) -> bool {
-    const NAMES: [&str; 5] = ["nat", "mangle", "filter", "raw", "security"];
-    const CHAINS: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
-    let number = family_number(family);
-    let mut bases =
-        chains.iter().filter(|chain| chain.family == number && chain.table == table && chain.hook.is_some()).peekable();
-    family != Family::Inet
-        && NAMES.contains(&table)
-        && bases.peek().is_some()
-        && bases.all(|chain| CHAINS.contains(&chain.name.as_str()))
-}
-
-fn add_rule(table: &mut Table, rule: wire::Rule) {
-    let mut parts = translate(&rule.expressions, table.family, &table.sets);
-    if table.backend == Backend::IptablesNft {
-        parts = iptables::convert(parts, table.family == Family::Ip6);
-    }
-    let index = table.chain(&rule.chain);
-    if let Some(chain) = table.chains.get_mut(index) {
-        let comment = rule.comment.map(String::into_boxed_str);
-        chain.rules.push(Rule { handle: Some(rule.handle), parts: parts.into(), comment });
-    }
-}
-
-/// Reads the elements of the sets that POSTROUTING asks. Maps of verdicts lead to more chains, so until nothing is new.
-fn read_elements(socket: &mut Socket, table: &mut Table) -> Result<(), Error> {
-    let mut read: HashSet<Box<str>> = HashSet::new();
-    loop {
-        let wanted: Vec<Box<str>> = sets_on_the_way(table).into_iter().filter(|set| !read.contains(set)).collect();
-        if wanted.is_empty() {
-            return Ok(());
-        }
-        for name in wanted {
-            let elements = wire::elements(socket, family_number(table.family), &table.name, &name)?;
-            if let Some(set) = table.sets.get_mut(&name)
-                && elements.len() <= LARGEST_SET
-            {
-                set.elements = Some(arrange(elements, set.interval));
-            }
-            read.insert(name);
-        }
-    }
-}
-
-/// Names of the sets in rules that POSTROUTING can reach.
-fn sets_on_the_way(table: &Table) -> HashSet<Box<str>> {
-    let mut sets = HashSet::new();
-    for chain in reachable(table, false, |base| base.hook == Hook::Postrouting) {
-        for rule in table.chains.get(chain).map(|chain| &chain.rules).into_iter().flatten() {
-            for part in &rule.parts {
-                match part {
-                    Part::Test(Test::Lookup { set, .. }) => drop(sets.insert(set.clone())),
-                    Part::Act(Act::VerdictMap { map, .. }) => drop(sets.insert(map.clone())),
-                    Part::Test(_) | Part::Act(_) => {}
-                }
-            }
-        }
-    }
-    sets
-}
-
-/// The chains that can be reached from base chains, these included; with `by_unread_maps` a map that was not read is taken to
-/// lead everywhere.
-pub(super) fn reachable(table: &Table, by_unread_maps: bool, from: impl Fn(&Base) -> bool) -> Vec<usize> {
-    let bases = table.chains.iter().enumerate().filter(|(_, chain)| chain.base.as_ref().is_some_and(&from));
-    let mut found: Vec<usize> = bases.map(|(index, _)| index).collect();
-    let mut seen: HashSet<usize> = found.iter().copied().collect();
-    let mut next = 0;
-    while let Some(chain) = found.get(next).and_then(|index| table.chains.get(*index)) {
-        next += 1;
-        let mut go = |name: &str| {
-            if let Some(index) = table.by_name.get(name)
-                && seen.insert(*index)
-            {
-                found.push(*index);
-            }
-        };
-        for way in chain.rules.iter().flat_map(Rule::leads_to) {
-            match way {
-                Way::Chain(name) => go(name),
-                Way::Map(map) => {
-                    let elements = table.sets.get(map).and_then(|set| set.elements.as_ref());
-                    if elements.is_none() && by_unread_maps {
-                        return (0..table.chains.len()).collect();
-                    }
-                    for element in elements.into_iter().flatten() {
-                        if let Some(Verdict::Jump(name) | Verdict::Goto(name)) = &element.verdict {
-                            go(name);
-                        }
-                    }
-                }
-            }
-        }
-    }
-    found
-}
-
 /// `NFT_*` and `NF_*`.
 fn verdict(code: i32, chain: Option<&String>) -> Option<Verdict> {
     Some(match (code, chain) {
@@ -215,49 +44,6 @@ fn verdict(code: i32, chain: Option<&String>) -> Option<Verdict> {
         (code, _) if code & 0xff == 3 => Verdict::Queue,
         _ => return None,
     })
-}
-
-/// Elements in order, the ends of intervals put to their beginnings.
-fn arrange(mut wire: Vec<wire::Element>, interval: bool) -> Vec<Element> {
-    let element = |one: &wire::Element, end: Option<Vec<u8>>| Element {
-        key: one.key.as_slice().into(),
-        end: end.map(Vec::into_boxed_slice),
-        verdict: match &one.data {
-            Some(Data::Verdict(code, chain)) => verdict(*code, chain.as_ref()),
-            Some(Data::Value(_)) | None => None,
-        },
-        data: match &one.data {
-            Some(Data::Value(bytes)) => Some(bytes.as_slice().into()),
-            Some(Data::Verdict(..)) | None => None,
-        },
-    };
-    // An end comes before the beginning of what adjoins it.
-    wire.sort_by(|one, other| one.key.cmp(&other.key).then(other.ends_interval.cmp(&one.ends_interval)));
-    if !interval || wire.iter().any(|one| one.key_end.is_some()) {
-        return wire.iter().map(|one| element(one, one.key_end.clone())).collect();
-    }
-    let mut found = Vec::new();
-    for (index, one) in wire.iter().enumerate().filter(|(_, one)| !one.ends_interval) {
-        let end = match wire.get(index + 1) {
-            Some(next) => before(&next.key),
-            None => vec![0xff; one.key.len()],
-        };
-        found.push(element(one, (!one.key.is_empty()).then_some(end)));
-    }
-    found
-}
-
-/// The number before, bytes as a big-endian number.
-fn before(key: &[u8]) -> Vec<u8> {
-    let mut key = key.to_vec();
-    for byte in key.iter_mut().rev() {
-        let (less, borrowed) = byte.overflowing_sub(1);
-        *byte = less;
-        if !borrowed {
-            break;
-        }
-    }
-    key
 }
 
 /// What the registers hold, by the 4 bytes where it begins.
@@ -555,8 +341,17 @@ fn nat(
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::rules::render;
+    use super::{
+        read::{add_rule, arrange},
+        *,
+    };
+    use crate::{
+        netlink::nftables as wire,
+        rules::{
+            model::{Backend, Table},
+            render,
+        },
+    };
 
     fn bytes(hex: &str) -> Vec<u8> {
         let digits: Vec<u8> = hex.chars().map(|digit| digit.to_digit(16).unwrap() as u8).collect();
@@ -572,7 +367,7 @@ mod tests {
     fn rendered(backend: Backend, rule: wire::Rule) -> String {
         let mut table = Table::new(backend, family(rule.family).unwrap(), &rule.table);
         let index = table.chain(&rule.chain);
-        add_rule(&mut table, rule);
+        add_rule(&mut table, index, rule);
         let chain = &table.chains[index];
         render::rule(&table, chain, &chain.rules[0])
     }

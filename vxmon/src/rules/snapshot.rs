@@ -6,8 +6,9 @@ use super::{
     ipset::{Element, IpSet, IpSets},
     legacy,
     matching::World,
-    model::{Act, Change, Hook, Op, Part, Rule, RuleId, Ruleset, Source, Table, Test},
-    nft::{self, reachable},
+    model::{Act, Change, Op, Part, Rule, RuleId, Ruleset, Source, Table, Test},
+    nft,
+    reach::{Keep, is_postrouting, note_reached, reachable},
 };
 use crate::netlink::{Error, Protocol, Socket, address, ipset as wire, link};
 
@@ -61,17 +62,23 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Reads everything. What cannot be read is in [`Ruleset::unread`].
+    /// Reads what can matter to a packet that leaves. What cannot be read is in [`Ruleset::unread`].
     #[must_use]
     pub fn read() -> Self {
+        Self::read_keeping(Keep::WhatMatters)
+    }
+
+    /// Reads so much.
+    #[must_use]
+    pub fn read_keeping(keep: Keep) -> Self {
         let mut snapshot = Self::default();
-        let (tables, seen, errors) = legacy::read();
+        let (tables, seen, errors) = legacy::read(keep);
         snapshot.legacy = seen;
         snapshot.ruleset.tables = tables;
         snapshot.ruleset.unread.extend(errors.iter().map(ToString::to_string));
         match Socket::open(Protocol::Netfilter) {
             Ok(mut socket) => {
-                match nft::read(&mut socket) {
+                match nft::read(&mut socket, keep) {
                     Ok((tables, generation)) => {
                         snapshot.ruleset.tables.extend(tables);
                         snapshot.generation = generation;
@@ -93,6 +100,7 @@ impl Snapshot {
     #[must_use]
     pub fn of(ruleset: Ruleset, world: World) -> Self {
         let mut snapshot = Self { ruleset, world, ..Self::default() };
+        snapshot.ruleset.tables.iter_mut().for_each(note_reached);
         snapshot.index();
         snapshot
     }
@@ -122,7 +130,7 @@ impl Snapshot {
         };
         let mut asked = HashSet::new();
         for table in &self.ruleset.tables {
-            for chain in reachable(table, true, |base| base.hook == Hook::Postrouting) {
+            for chain in reachable(table, true, is_postrouting) {
                 let rules = table.chains.get(chain).map(|chain| &chain.rules);
                 asked.extend(rules.into_iter().flatten().flat_map(ip_sets));
             }
@@ -157,9 +165,8 @@ impl Snapshot {
     fn index(&mut self) {
         let (mut marks, mut asked) = (Vec::new(), Vec::new());
         for (number, table) in self.ruleset.tables.iter().enumerate() {
-            let postrouting: HashSet<usize> =
-                reachable(table, true, |base| base.hook == Hook::Postrouting).into_iter().collect();
-            for chain in reachable(table, true, |_| true) {
+            let postrouting: HashSet<usize> = reachable(table, true, is_postrouting).into_iter().collect();
+            for (chain, _) in table.chains.iter().enumerate().filter(|(_, chain)| chain.reached) {
                 let in_postrouting = postrouting.contains(&chain);
                 note_marks(table, (number, chain), in_postrouting, &mut marks, &mut asked);
             }

@@ -18,7 +18,7 @@ fn rules(flags: &[u32]) -> Snapshot {
         let mut table = Table::new(Backend::Nftables, Sees::Ip, &format!("t{number}"));
         let chain = table.chain("post");
         let nat = Nat { kind: NatKind::Masquerade, flags: *flags, addresses: None, ports: None, dynamic: None };
-        let rule = Rule { handle: Some(7), parts: Box::new([Part::Act(Act::Nat(nat))]), comment: None };
+        let rule = Rule { handle: Some(7), position: 1, parts: Box::new([Part::Act(Act::Nat(nat))]), comment: None };
         table.chains[chain].base = Some(Base { kind: Kind::Nat, hook: Hook::Postrouting, priority: 100, drops: false });
         table.chains[chain].rules.push(rule);
         table

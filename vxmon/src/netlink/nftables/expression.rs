@@ -1,5 +1,7 @@
 //! Expressions of nftables rules as the kernel dumps them. One that is not known is kept by name.
 
+use std::borrow::Cow;
+
 use super::super::attribute::Value;
 
 /// Attributes and their values, include/uapi/linux/netfilter/nf_tables.h.
@@ -225,6 +227,11 @@ impl<'a> Attributes<'a> {
 }
 
 impl Expression {
+    /// What kind it is, by nftables' own name.
+    pub(super) fn name(value: Value<'_>) -> Option<Cow<'_, str>> {
+        Attributes(value).get(EXPRESSION_NAME).map(Value::name)
+    }
+
     /// Reads an expression, whatever it is.
     pub(super) fn read(value: Value<'_>) -> Self {
         let outer = Attributes(value);
