@@ -90,7 +90,7 @@ fn reading(table: &mut Table, lab: &Lab, name: &str) -> Result<()> {
         asked.push(begin.elapsed().as_secs_f64() * 1e3);
         ensure!(finding.rule.is_some() && finding.random_fully, "{finding:?}");
     }
-    table.line(&format!("{name}: all {rules} rules read"), median(&reads), "ms", "", Limit::AtMost(1000.0));
+    table.line(&format!("{name}: read, {rules} rules kept"), median(&reads), "ms", "", Limit::AtMost(1000.0));
     table.line("  the rule of a packet found", median(&asked), "ms", "", Limit::AtMost(10.0));
     Ok(())
 }
