@@ -151,6 +151,7 @@ impl Reader {
             begin.elapsed().as_secs_f64() * 1e3
         );
         self.shared.set(snapshot);
+        legacy::release_memory();
         self.looked = Instant::now();
         self.pause = PAUSE.max(begin.elapsed() * PAUSE_FACTOR);
     }
