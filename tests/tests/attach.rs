@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use aya::programs::{SchedClassifier, TcAttachType};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use vxmon_tests::{
@@ -23,6 +24,11 @@ use vxmon_tests::{
 const LIMIT: Duration = Duration::from_secs(5);
 const A_MOMENT: Duration = Duration::from_millis(150);
 const JSON: [&str; 2] = ["--format", "json"];
+/// Whether this kernel has tcx links (6.6).
+fn has_tcx() -> bool {
+    SchedClassifier::query_tcx("lo", TcAttachType::Egress).is_ok()
+}
+
 const UPLINK: &str = "uplink";
 const VXLAN: &str = "flannel.1";
 
@@ -96,7 +102,7 @@ fn a_device_made_again_is_watched_again() -> Result<()> {
     if !skip::root_or_skip("a_device_made_again_is_watched_again") {
         return Ok(());
     }
-    for hook in ["tcx", "clsact"] {
+    for hook in has_tcx().then_some("tcx").into_iter().chain(["clsact"]) {
         // As flanneld does it, at once; and with a gap in which vxmon notices that the device is gone.
         for gap in [false, true] {
             let lab = lab()?;

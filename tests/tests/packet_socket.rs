@@ -11,9 +11,11 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use vxmon_tests::{
     Lab, LabOptions, Vxmon, cmd, skip,
-    traffic::{Frame, OuterSum, RawSender},
+    traffic::{self, Frame, OuterSum, RawSender},
 };
 
+const UPLINK: &str = "uplink";
+const VXLAN: &str = "flannel.1";
 const JSON: [&str; 2] = ["--format", "json"];
 
 /// Runs `vxmon attach ARGS` for a moment without some capabilities; its lines, and what it said.
@@ -29,6 +31,59 @@ fn without(lab: &Lab, capabilities: &str, args: &[&str]) -> Result<(i32, Vec<Val
 
 fn attached(lines: &[Value]) -> Vec<&Value> {
     lines.iter().filter(|line| line["type"] == "attached").collect()
+}
+
+/// An ingress qdisc, which others made, leaves no room for a clsact one: the programs load, and cannot be attached.
+#[test]
+fn packet_sockets_take_over_where_programs_load_but_cannot_be_attached() -> Result<()> {
+    if !skip::root_or_skip("packet_sockets_take_over_where_programs_load_but_cannot_be_attached") {
+        return Ok(());
+    }
+    let lab = LabOptions::default().build()?;
+    for dev in [UPLINK, VXLAN] {
+        lab.a.run("tc", &["qdisc", "add", "dev", dev, "ingress"])?;
+    }
+    let vxmon = Vxmon::attach_to(&lab.a, 2, &[&JSON[..], &["--hook", "clsact"]].concat())?;
+    for line in vxmon.wait_type("attached", 2, Duration::ZERO) {
+        let why = line["fallback"].as_str().unwrap_or_default();
+        ensure!(line["hook"] == "packet-socket" && why.contains("cannot attach to"), "{line}");
+    }
+    let mut frame = lab.frame();
+    frame.sum = OuterSum::Value(0x1234);
+    traffic::send_raw(&lab.a, UPLINK, &frame.bytes())?;
+    ensure!(vxmon.wait_events(1, Duration::from_secs(5)).len() == 1, "{}", vxmon.stderr());
+    vxmon.stop()?.adds_up()?;
+    Ok(())
+}
+
+/// What packet sockets would need is kept only until it is known that they are not needed.
+#[test]
+fn cap_net_raw_is_given_up_once_tc_programs_are_attached() -> Result<()> {
+    if !skip::root_or_skip("cap_net_raw_is_given_up_once_tc_programs_are_attached") {
+        return Ok(());
+    }
+    const NET_RAW: u64 = 1 << 13;
+    let lab = LabOptions::default().build()?;
+    let vxmon = Vxmon::attach_to(&lab.a, 2, &[&JSON[..], &["--metrics", "9464"]].concat())?;
+    let start = Instant::now();
+    let left = || -> Result<Vec<String>> {
+        let mut left = Vec::new();
+        for thread in std::fs::read_dir(format!("/proc/{}/task", vxmon.pid()))?.flatten() {
+            let status = std::fs::read_to_string(thread.path().join("status"))?;
+            let bits = status.lines().find_map(|line| line.strip_prefix("CapPrm:")).context("no CapPrm")?;
+            if u64::from_str_radix(bits.trim(), 16)? & NET_RAW != 0 {
+                left.push(status.lines().next().unwrap_or_default().to_owned());
+            }
+        }
+        Ok(left)
+    };
+    // `attached` is written a moment before.
+    while !left()?.is_empty() && start.elapsed() < Duration::from_secs(5) {
+        thread::sleep(Duration::from_millis(20));
+    }
+    ensure!(left()?.is_empty(), "still has CAP_NET_RAW: {:?}", left()?);
+    vxmon.stop()?.adds_up()?;
+    Ok(())
 }
 
 #[test]

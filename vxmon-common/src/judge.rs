@@ -26,8 +26,8 @@ use network_types::{
 use crate::{
     checksum::{Sum, same},
     packet::{
-        self, ETHERNET, Family, Fragment, Ip, OFFSET_MASK, Packet, Stop, UDP, UDP_CHECK, UDP_DST, UDP_LEN, ethertype,
-        proto,
+        self, ETHERNET, Family, Fragment, IPV4, Ip, OFFSET_MASK, Packet, Stop, UDP, UDP_CHECK, UDP_DST, UDP_LEN,
+        ethertype, proto,
     },
 };
 
@@ -394,8 +394,6 @@ pub enum Glance {
 
 /// Bytes that [`glance`] looks at: Ethernet, IPv4 and UDP header.
 pub const GLANCE: u32 = ETHERNET + IPV4 + UDP;
-/// Length of an IPv4 header without options.
-const IPV4: u32 = Ipv4Hdr::LEN as u32;
 
 /// What [`tunnel`] would say of an Ethernet frame, as far as its first [`GLANCE`] bytes tell. Most packets of a node end
 /// here, so it reads at constant offsets only.
@@ -512,8 +510,7 @@ fn udp<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip, is_out
     let wrong = if is_outer { Verdict::BadOuter } else { Verdict::BadInner };
     let datagram = Datagram { at: ip.l4, length, seen, pseudo, wrong };
     match Row::of(&skb, ip.l4, length) {
-        Row::MustBeZero if is_outer => Packed::judged(Verdict::NatMangledZero, seen).expecting(0),
-        Row::MustBeZero => Packed::judged(wrong, seen).expecting(0),
+        Row::MustBeZero => Packed::judged(if is_outer { Verdict::NatMangledZero } else { wrong }, seen).expecting(0),
         Row::Pending => datagram.pending(),
         Row::Lco => datagram.lco(packet, skb.csum_start, skb.csum_offset),
         Row::Full => datagram.full(packet, surroundings.sum_payload()),

@@ -104,6 +104,8 @@ impl Packet for Bytes<'_> {
 
 /// Length of an Ethernet header without tags, bytes.
 pub const ETHERNET: u32 = EthHdr::LEN as u32;
+/// Length of an IPv4 header without options, bytes.
+pub const IPV4: u32 = Ipv4Hdr::LEN as u32;
 /// Length of a UDP header, bytes.
 pub const UDP: u32 = UdpHdr::LEN as u32;
 /// Length of a VXLAN header, bytes (RFC 7348, section 5).
@@ -277,7 +279,7 @@ fn ipv4<P: Packet>(packet: &P, l3: u32) -> Result<Ip, Stop> {
     let version_ihl = packet.u8(l3).ok_or(Stop::Unreadable)?;
     let proto = packet.u8(l3 + offset_of!(Ipv4Hdr, proto) as u32).ok_or(Stop::Unreadable)?;
     let ihl = u32::from(version_ihl & 0xf) * 4;
-    if version_ihl >> 4 != 4 || ihl < Ipv4Hdr::LEN as u32 {
+    if version_ihl >> 4 != 4 || ihl < IPV4 {
         return Err(Stop::NotIp);
     }
     let total = packet.u16(l3 + offset_of!(Ipv4Hdr, tot_len) as u32).ok_or(Stop::Unreadable)?;

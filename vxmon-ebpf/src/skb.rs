@@ -17,7 +17,7 @@ use aya_ebpf::{
 use vxmon_common::{
     checksum::Sum,
     judge::{Datagram, GLANCE, Packed},
-    packet::{ETHERNET, Ip, OFFSET_MASK, Packet, Stop, UDP, VXLAN, ethertype, ip},
+    packet::{ETHERNET, IPV4, Ip, OFFSET_MASK, Packet, Stop, UDP, VXLAN, ethertype, ip},
 };
 
 use crate::maps::{COPY, COPY_LEN, setting};
@@ -216,9 +216,9 @@ impl Packet for SkbPacket {
         if ethertype != ethertype::IPV4 && ethertype != ethertype::IPV6 {
             return Err(Stop::NotIp);
         }
-        let packed = match self.linear(l3, IPV4_HEADER) {
+        let packed = match self.linear(l3, IPV4) {
             Some(data) if ethertype == ethertype::IPV4 => {
-                let packed = Ip::pack(ip(&Piece { data, at: l3, len: IPV4_HEADER }, ethertype::IPV4, l3));
+                let packed = Ip::pack(ip(&Piece { data, at: l3, len: IPV4 }, ethertype::IPV4, l3));
                 // SAFETY: within the piece; alignment as in `load`.
                 forget_as(packed, unsafe { *data.cast::<u64>() })
             }
@@ -229,7 +229,7 @@ impl Packet for SkbPacket {
     #[inline(always)]
     fn sum(&self, at: u32, len: u32) -> Option<Sum> {
         // From the outer UDP header to the inner L4 header, as Local Checksum Offload needs it of most packets.
-        const TO_INNER_L4: u32 = UDP + VXLAN + ETHERNET + IPV4_HEADER;
+        const TO_INNER_L4: u32 = UDP + VXLAN + ETHERNET + IPV4;
         if len == TO_INNER_L4
             && let Some(data) = self.linear(at, TO_INNER_L4)
         {
@@ -246,9 +246,6 @@ impl Packet for SkbPacket {
         if sum >= FAILED { None } else { Some(Sum::from_bits(sum)) }
     }
 }
-
-/// Length of an IPv4 header without options.
-const IPV4_HEADER: u32 = 20;
 
 /// A few bytes of the linear part, which the verifier knows to be there: all reads are at constant offsets in it.
 pub struct Piece {

@@ -30,7 +30,7 @@ use crate::{
         socket::{Protocol, Socket},
     },
     rules::Rules,
-    sandbox,
+    sandbox::{self, Capability},
     sink::{
         Explain, Format, Paint, Printer,
         live::{Listeners, Live},
@@ -100,6 +100,7 @@ pub async fn run(
     let ends = Ends::listen()?;
     let mut daemon = Daemon::start(settings, output, listeners, say)?;
     daemon.follow(None)?;
+    daemon.keep_what_is_needed()?;
     daemon.measure()?;
     daemon.first_words();
     daemon.watch(ends).await?;
@@ -182,6 +183,10 @@ impl<'a> Daemon<'a> {
         let sockets = listeners.socket.as_ref().and_then(|socket| socket.path().parent());
         let mut keeps = engine.keeps();
         keeps.extend(nat_probe.iter().flat_map(|_| NatProbe::keeps()));
+        if settings.engine.kind == Kind::Auto {
+            // For packet sockets, should the programs load and yet not attach; gone once something is watched.
+            keeps.push(Capability::CAP_NET_RAW);
+        }
         let given_up = sandbox::enter(&keeps, sockets)?;
         log::info!("{given_up}");
         let (writer, broken) = Writer::start(output).context("cannot start the output thread")?;
@@ -290,6 +295,14 @@ impl<'a> Daemon<'a> {
             ));
         }
         self.waiting = nothing;
+        Ok(())
+    }
+
+    /// Gives up what was kept in case that another engine is needed.
+    fn keep_what_is_needed(&self) -> Result<()> {
+        let mut keeps = self.engine.keeps();
+        keeps.extend(self.nat_probe.iter().flat_map(|_| NatProbe::keeps()));
+        sandbox::keep_only(&keeps)?;
         Ok(())
     }
 

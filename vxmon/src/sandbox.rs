@@ -71,16 +71,32 @@ impl fmt::Display for Report {
 pub fn enter(keep: &[Capability], sockets: Option<&Path>) -> Result<Report, SandboxError> {
     let bounding_left = empty_bounding_set()?;
     caps::clear(None, CapSet::Inheritable)?;
-    let permitted = caps::read(None, CapSet::Permitted)?;
-    let kept: CapsHashSet = keep.iter().copied().filter(|capability| permitted.contains(capability)).collect();
-    caps::set(None, CapSet::Effective, &kept)?;
-    // The ambient set goes with it: it is never more than both permitted and inheritable.
-    caps::set(None, CapSet::Permitted, &kept)?;
+    let kept = keep_only(keep)?;
     prctl::set_no_new_privs().map_err(SandboxError::NoNewPrivileges)?;
     let landlock = restrict(sockets);
     let mut kept: Vec<String> = kept.iter().map(ToString::to_string).collect();
     kept.sort();
     Ok(Report { kept, bounding_left, landlock })
+}
+
+/// Gives up every capability of the calling thread but `keep`, as far as it has them; what it has left.
+///
+/// # Errors
+/// [`SandboxError::Capabilities`] if the kernel refuses.
+pub fn keep_only(keep: &[Capability]) -> Result<CapsHashSet, SandboxError> {
+    let permitted = caps::read(None, CapSet::Permitted)?;
+    let kept: CapsHashSet = keep.iter().copied().filter(|capability| permitted.contains(capability)).collect();
+    caps::set(None, CapSet::Effective, &kept)?;
+    // The ambient set goes with it: it is never more than both permitted and inheritable.
+    caps::set(None, CapSet::Permitted, &kept)?;
+    Ok(kept)
+}
+
+/// For a thread that only handles what is open already: gives up what the thread that started it still has.
+pub fn keep_nothing(thread: &str) {
+    if let Err(error) = keep_only(&[]) {
+        log::warn!("the thread {thread}: {error}");
+    }
 }
 
 /// Whether this process has a capability.

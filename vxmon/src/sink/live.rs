@@ -17,7 +17,7 @@ use super::{
     metrics::Board,
     socket::{self, Counts, Readers, Shared, Socket},
 };
-use crate::event::Line;
+use crate::{event::Line, sandbox};
 
 /// How long readers of the socket have, at the end, to take what is left.
 const PATIENCE: Duration = Duration::from_millis(500);
@@ -60,7 +60,11 @@ impl Live {
         let metrics = listeners.metrics.zip(live.board.clone());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let thread = std::thread::Builder::new().name("live".into());
-        live.thread = Some(thread.spawn(move || runtime.block_on(serve(socket, metrics, ended)))?);
+        let serve = move || {
+            sandbox::keep_nothing("live");
+            runtime.block_on(serve(socket, metrics, ended));
+        };
+        live.thread = Some(thread.spawn(serve)?);
         live.end = Some(end);
         Ok(live)
     }

@@ -11,6 +11,8 @@ use std::{
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
+use crate::sandbox;
+
 /// Lines that wait to be written.
 const QUEUE: usize = 4096;
 
@@ -32,6 +34,7 @@ impl Writer {
         let (queue, lines) = mpsc::sync_channel::<Bytes>(QUEUE);
         let (broken, is_broken) = oneshot::channel();
         let thread = std::thread::Builder::new().name("output".into()).spawn(move || {
+            sandbox::keep_nothing("output");
             let mut write = || -> io::Result<()> {
                 while let Ok(line) = lines.recv() {
                     output.write_all(&line)?;
