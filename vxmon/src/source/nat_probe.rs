@@ -37,6 +37,8 @@ use crate::{attribute::Observer, clock::monotonic, sandbox::Capability};
 
 /// Where the kernel says that it has kprobes for programs (4.17).
 const PMU: &str = "/sys/bus/event_source/devices/kprobe/type";
+/// Who may watch the kernel by `perf_event_open(2)`, of which kprobes are a part.
+const PARANOID: &str = "/proc/sys/kernel/perf_event_paranoid";
 /// The calling thread's network namespace.
 const NETNS: &str = "/proc/thread-self/ns/net";
 
@@ -58,6 +60,15 @@ pub enum NatProbeError {
     /// The function is not there.
     #[error("{FUNCTION}() is not in this kernel: the module nf_nat is not loaded, or was not when vxmon started")]
     NoFunction,
+    /// Kprobes are for others.
+    #[error(
+        "the kernel refuses kprobes (kernel.perf_event_paranoid is {paranoid}): they need CAP_PERFMON, and CAP_SYS_ADMIN on kernels \
+         such as Debian's where that is more than 2"
+    )]
+    Forbidden {
+        /// The setting as it is.
+        paranoid: String,
+    },
     /// The object, a map or a program was refused.
     #[error("the kernel refused the probe's {what}: {reason}")]
     Refused {
@@ -121,6 +132,12 @@ impl NatProbe {
             program.attach(FUNCTION, 0).map_err(|error| match &error {
                 ProgramError::SyscallError(syscall) if syscall.io_error.kind() == std::io::ErrorKind::NotFound => {
                     NatProbeError::NoFunction
+                }
+                ProgramError::SyscallError(syscall)
+                    if syscall.io_error.kind() == std::io::ErrorKind::PermissionDenied =>
+                {
+                    let paranoid = std::fs::read_to_string(PARANOID).unwrap_or_default();
+                    NatProbeError::Forbidden { paranoid: paranoid.trim().to_owned() }
                 }
                 _ => refused(name, &error),
             })?;
