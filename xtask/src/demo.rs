@@ -32,6 +32,8 @@ use crate::{cargo, proc, setup::Scope};
 const REQUESTS: u64 = 3;
 /// How long a request may take. The kernel sends the first SYN again after 1 s.
 const LIMIT: Duration = Duration::from_secs(5);
+/// How long attaching may take: seconds in an emulated machine.
+const ATTACHING: Duration = Duration::from_secs(60);
 /// A request that takes longer waited for a SYN to be sent again.
 const INSTANT: Duration = Duration::from_millis(500);
 /// How long an event may take to arrive.
@@ -263,7 +265,7 @@ impl Shown {
         // Its first words on stderr name what it watches.
         let start = Instant::now();
         while said.load(Ordering::Relaxed) == 0 {
-            ensure!(start.elapsed() < LIMIT, "vxmon does not attach");
+            ensure!(start.elapsed() < ATTACHING, "vxmon does not attach");
             thread::sleep(Duration::from_millis(5));
         }
         // Those on stdout are written by a thread of its own.
