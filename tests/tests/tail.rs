@@ -371,6 +371,12 @@ fn hundreds_of_connections_are_bounded() -> Result<()> {
     let socket = scratch.socket();
     let vxmon = attach(&lab, &socket)?;
     let descriptors = || Ok::<_, anyhow::Error>(fs::read_dir(format!("/proc/{}/fd", vxmon.pid()))?.count());
+    // The second device's come a moment after it is said that the first is attached.
+    until("both are attached", || {
+        let count = descriptors()?;
+        thread::sleep(Duration::from_millis(200));
+        Ok(vxmon.wait_type("attached", 2, Duration::ZERO).len() == 2 && descriptors()? == count)
+    })?;
     let before = descriptors()?;
     let (mut served, mut turned_away) = (Vec::new(), 0);
     for _ in 0..300 {
