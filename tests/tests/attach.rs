@@ -1,5 +1,7 @@
 //! `vxmon attach` as people run it: devices that come and go, its flags, its ends, and what it says to bad input.
 
+mod support;
+
 use std::{
     fs,
     io::{BufRead, BufReader},
@@ -10,7 +12,6 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use aya::programs::{SchedClassifier, TcAttachType};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use vxmon_tests::{
@@ -21,14 +22,11 @@ use vxmon_tests::{
     vxmon::{self, anomalies, number},
 };
 
+use self::support::has_tcx;
+
 const LIMIT: Duration = Duration::from_secs(5);
 const A_MOMENT: Duration = Duration::from_millis(150);
 const JSON: [&str; 2] = ["--format", "json"];
-/// Whether this kernel has tcx links (6.6).
-fn has_tcx() -> bool {
-    SchedClassifier::query_tcx("lo", TcAttachType::Egress).is_ok()
-}
-
 const UPLINK: &str = "uplink";
 const VXLAN: &str = "flannel.1";
 

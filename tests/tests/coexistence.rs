@@ -1,6 +1,8 @@
 //! Beside other TC programs, other instances of itself, and what a killed instance left: all others' programs still see
 //! every packet, their clsact stays, and nothing of vxmon does.
 
+mod support;
+
 use std::{fs, os::fd::AsFd as _, os::fd::AsRawFd as _, time::Duration};
 
 use anyhow::{Context, Result, ensure};
@@ -20,12 +22,9 @@ use vxmon_tests::{
     vxmon::{Finished, number},
 };
 
-const LIMIT: Duration = Duration::from_secs(5);
-/// Whether this kernel has tcx links (6.6).
-fn has_tcx() -> bool {
-    SchedClassifier::query_tcx("lo", TcAttachType::Egress).is_ok()
-}
+use self::support::has_tcx;
 
+const LIMIT: Duration = Duration::from_secs(5);
 const UPLINK: &str = "uplink";
 const VXLAN: &str = "flannel.1";
 /// Packets of the kernel's own (multicast reports) that may pass between two looks at counters.

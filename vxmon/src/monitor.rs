@@ -131,9 +131,8 @@ struct Daemon<'a> {
     say: &'a dyn Fn(&str),
     node: String,
     engine: Box<dyn Engine>,
-    nat_probe: Option<NatProbe>,
-    /// Why there is no probe.
-    no_nat_probe: Option<String>,
+    /// Or why there is none.
+    nat_probe: Result<NatProbe, String>,
     /// Why the engine is not the one that was preferred.
     fallback: Option<String>,
     events: Option<Events>,
@@ -177,12 +176,11 @@ impl<'a> Daemon<'a> {
         let rules = Rules::start().context("cannot start the thread that reads the NAT rules")?;
         let Started { mut engine, fallback } = start::start(&settings.engine, say)?;
         let events = engine.events()?;
-        let (nat_probe, translations, no_nat_probe) = observe(settings.nat_probe);
+        let (nat_probe, observer) = observe(settings.nat_probe);
         // Before any thread is started, which would keep it all; and before any device is attached to, so that none of
         // what comes later can need more.
         let sockets = listeners.socket.as_ref().and_then(|socket| socket.path().parent());
-        let mut keeps = engine.keeps();
-        keeps.extend(nat_probe.iter().flat_map(|_| NatProbe::keeps()));
+        let mut keeps = keeps(&*engine, &nat_probe);
         if settings.engine.kind == Kind::Auto {
             // For packet sockets, should the programs load and yet not attach; gone once something is watched.
             keeps.push(Capability::CAP_NET_RAW);
@@ -199,17 +197,13 @@ impl<'a> Daemon<'a> {
             live,
             telemetry: Telemetry::default(),
             offloads: Offloads::default(),
-            attributor: match translations {
-                Some(seen) => Attributor::new(node.clone(), settings.conntrack).with_rules(rules).with_observer(seen),
-                None => Attributor::new(node.clone(), settings.conntrack).with_rules(rules),
-            },
+            attributor: Attributor::new(node.clone(), settings.conntrack).with_rules(rules).with_observer(observer),
             printer: Printer::new(settings.format, settings.explain, settings.paint, release.unwrap_or_default()),
             settings,
             say,
             node,
             engine,
             nat_probe,
-            no_nat_probe,
             fallback,
             events: Some(events),
             monitor,
@@ -300,9 +294,7 @@ impl<'a> Daemon<'a> {
 
     /// Gives up what was kept in case that another engine is needed.
     fn keep_what_is_needed(&self) -> Result<()> {
-        let mut keeps = self.engine.keeps();
-        keeps.extend(self.nat_probe.iter().flat_map(|_| NatProbe::keeps()));
-        sandbox::keep_only(&keeps)?;
+        sandbox::keep_only(&keeps(&*self.engine, &self.nat_probe))?;
         Ok(())
     }
 
@@ -321,7 +313,9 @@ impl<'a> Daemon<'a> {
         for port in WELL_KNOWN_PORTS.iter().chain(&self.settings.ports) {
             ports.entry(*port).or_insert(false);
         }
-        if let Some(Err(error)) = self.nat_probe.as_mut().map(|probe| probe.set_ports(&ports)) {
+        if let Ok(probe) = &mut self.nat_probe
+            && let Err(error) = probe.set_ports(&ports)
+        {
             log::error!("{error}"); // evidence alone is lost by it
         }
         self.engine.set_ports(&ports)
@@ -407,8 +401,8 @@ impl<'a> Daemon<'a> {
             hook,
             metadata: self.engine.metadata(),
             fallback: self.fallback.clone(),
-            nat_probe: self.nat_probe.as_ref().map(|_| "kprobe"),
-            missing: self.no_nat_probe.iter().map(|why| ("nat_probe", why.clone())).collect(),
+            nat_probe: self.nat_probe.as_ref().ok().map(|_| "kprobe"),
+            missing: self.nat_probe.as_ref().err().map(|why| ("nat_probe", why.clone())).into_iter().collect(),
         }));
         Ok(())
     }
@@ -640,15 +634,22 @@ impl<'a> Daemon<'a> {
     }
 }
 
-/// Starts to see NAT being set up; or why that cannot be.
-fn observe(wanted: bool) -> (Option<NatProbe>, Option<Box<dyn Observer>>, Option<String>) {
+/// Starts to see NAT being set up, or why that cannot be; and who tells what was seen.
+fn observe(wanted: bool) -> (Result<NatProbe, String>, Option<Box<dyn Observer>>) {
     match if wanted { NatProbe::start() } else { Err(NatProbeError::Off) } {
-        Ok((probe, seen)) => (Some(probe), Some(Box::new(seen)), None),
+        Ok((probe, seen)) => (Ok(probe), Some(Box::new(seen))),
         Err(error) => {
             log::info!("NAT is not seen as it is set up, so evidence comes from the rules: {error}");
-            (None, None, Some(error.to_string()))
+            (Err(error.to_string()), None)
         }
     }
+}
+
+/// The capabilities without which what watches now cannot go on.
+fn keeps(engine: &dyn Engine, nat_probe: &Result<NatProbe, String>) -> Vec<Capability> {
+    let mut keeps = engine.keeps();
+    keeps.extend(nat_probe.iter().flat_map(|_| NatProbe::keeps()));
+    keeps
 }
 
 async fn at(until: Option<tokio::time::Instant>) {

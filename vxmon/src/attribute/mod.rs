@@ -115,10 +115,10 @@ impl Attributor {
         self
     }
 
-    /// Asks also for what was seen as NAT was set up.
+    /// Asks also for what was seen as NAT was set up, if that can be seen.
     #[must_use]
-    pub fn with_observer(mut self, observer: Box<dyn Observer>) -> Self {
-        self.observer = Some(observer);
+    pub fn with_observer(mut self, observer: Option<Box<dyn Observer>>) -> Self {
+        self.observer = observer;
         self
     }
 

@@ -307,10 +307,11 @@ fn parse(family: Family, name: &str, info: &Info, blob: &[u8], keep: Keep) -> Re
         postrouting = others.reached_from(&parser.table, reach::is_postrouting);
     }
     parser.rules(|place, rule| {
+        let position = others.next(place.chain);
         if keep == Keep::All || postrouting.get(place.chain) == Some(&true) {
-            Some(rule())
+            Some(rule(position))
         } else if place.target == "MARK" {
-            others.mark(place.chain, rule());
+            others.mark(place.chain, rule(position));
             None
         } else {
             None
@@ -416,18 +417,13 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// Has `take` say which rules belong into the table.
-    fn rules(&mut self, mut take: impl FnMut(&Place<'_>, &dyn Fn() -> Rule) -> Option<Rule>) {
+    /// Has `take` say which rules belong into the table; it gets each by its position.
+    fn rules(&mut self, mut take: impl FnMut(&Place<'_>, &dyn Fn(u32) -> Rule) -> Option<Rule>) {
         let mut kept: Vec<(usize, Rule)> = Vec::new();
-        let mut positions = vec![0_u32; self.table.chains.len()];
         for (chain, entry) in self.entries() {
             let target = entry.target();
             let name = target.text(2, 29).unwrap_or_default();
-            let position = positions.get_mut(chain).map_or(0, |position| {
-                *position += 1;
-                *position
-            });
-            let rule = || Rule {
+            let rule = |position| Rule {
                 handle: None,
                 position,
                 parts: rule(self.layout, self.family, &entry, target, &name, &self.starts).into(),

@@ -212,7 +212,11 @@ fn fill_skb(btf: &Btf, config: &mut Config) -> Result<(), LayoutError> {
 fn fill_conntrack(vmlinux: &Btf, config: &mut Config) -> Result<(), LayoutError> {
     config.nfct = Members::of(vmlinux, "sk_buff")?.field("_nfct")?.byte();
     let module = conntrack_module(vmlinux)?;
-    let btf = module.as_ref().unwrap_or(vmlinux);
+    fill_entry(module.as_ref().unwrap_or(vmlinux), config)
+}
+
+/// The members of `struct nf_conn`; `btf` has it.
+fn fill_entry(btf: &Btf, config: &mut Config) -> Result<(), LayoutError> {
     let entry = Members::of(btf, "nf_conn")?;
     let hash = Members::of(btf, "nf_conntrack_tuple_hash")?;
     check_tuple(btf)?;
@@ -238,10 +242,11 @@ fn conntrack_module(vmlinux: &Btf) -> Result<Option<Btf>, LayoutError> {
 /// this inode number.
 pub fn translation(netns: u32) -> Result<translation::Config, LayoutError> {
     let vmlinux = open(VMLINUX, None)?;
-    let mut conntrack = Config::default();
-    fill_conntrack(&vmlinux, &mut conntrack)?;
     let module = conntrack_module(&vmlinux)?;
-    let entry = Members::of(module.as_ref().unwrap_or(&vmlinux), "nf_conn")?;
+    let btf = module.as_ref().unwrap_or(&vmlinux);
+    let mut conntrack = Config::default();
+    fill_entry(btf, &mut conntrack)?;
+    let entry = Members::of(btf, "nf_conn")?;
     Ok(translation::Config {
         netns,
         tuple_orig: conntrack.tuple_orig,

@@ -169,11 +169,7 @@ impl NatProbe {
 
     /// As [`crate::source::engine::Engine::run_stats`].
     pub fn run_stats(&self) -> Vec<(String, Duration, u64)> {
-        let stats = self.ebpf.programs().filter_map(|(name, program)| {
-            let (time, runs) = stats::run_stats(program.fd().ok()?.as_fd())?;
-            Some((name.to_owned(), time, runs))
-        });
-        stats.collect()
+        stats::of_programs(&self.ebpf)
     }
 }
 

@@ -2,9 +2,11 @@
 
 use std::{
     fs,
-    os::fd::{AsRawFd, BorrowedFd},
+    os::fd::{AsFd as _, AsRawFd, BorrowedFd},
     time::Duration,
 };
+
+use aya::Ebpf;
 
 /// Run time and number of runs of a loaded program, from /proc (bpf_prog_show_fdinfo(), kernel/bpf/syscall.c; since 5.1).
 /// None where they are not counted.
@@ -13,6 +15,15 @@ pub fn run_stats(program: BorrowedFd<'_>) -> Option<(Duration, u64)> {
     let (time, runs) = parse(&text)?;
     let counted = || fs::read_to_string("/proc/sys/kernel/bpf_stats_enabled").is_ok_and(|value| value.trim() == "1");
     (runs > 0 || counted()).then_some((time, runs))
+}
+
+/// Run times and numbers of runs of an object's loaded programs, by name.
+pub fn of_programs(ebpf: &Ebpf) -> Vec<(String, Duration, u64)> {
+    let stats = ebpf.programs().filter_map(|(name, program)| {
+        let (time, runs) = run_stats(program.fd().ok()?.as_fd())?;
+        Some((name.to_owned(), time, runs))
+    });
+    stats.collect()
 }
 
 /// How often a loaded program was left out because one of its kind was running on that CPU; since 5.12, for kprobes since 6.7.

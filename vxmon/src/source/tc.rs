@@ -3,7 +3,7 @@
 //! tcx links where the kernel has them (6.6): the kernel removes them with the process, whatever ends it. Elsewhere
 //! filters in the clsact qdisc, which stay: see [`crate::source::clsact`]. Knows nothing of what events mean.
 
-use std::{collections::BTreeMap, os::fd::AsFd as _, thread, time::Duration};
+use std::{collections::BTreeMap, thread, time::Duration};
 
 use aya::{
     Ebpf, EbpfLoader, Pod, VerifierLogLevel,
@@ -426,11 +426,7 @@ impl Engine for Tc {
     }
 
     fn run_stats(&self) -> Vec<(String, Duration, u64)> {
-        let stats = self.ebpf.programs().filter_map(|(name, program)| {
-            let (time, runs) = stats::run_stats(program.fd().ok()?.as_fd())?;
-            Some((name.to_owned(), time, runs))
-        });
-        stats.collect()
+        stats::of_programs(&self.ebpf)
     }
 
     fn flush_log(&mut self) {

@@ -65,7 +65,7 @@ pub struct Options {
     /// Get the kernels, build the one that is built, and end
     #[arg(long)]
     fetch: bool,
-    /// Build vxmon and the tests without optimisation: sooner there, and slower
+    /// Build vxmon, too, without optimisation: sooner there, and slower
     #[arg(long)]
     dev: bool,
     /// Have vxmon watch by this engine: tc or packet-socket
