@@ -136,6 +136,13 @@ impl<'a> Rewrite<'a> {
     }
 }
 
+/// The source port with which `seen` would be right, where `expected` is right with `sport`; all memory order. The port before
+/// NAT, if fault B left the checksum and no address was changed; of any other wrong checksum it means nothing.
+#[inline(always)]
+pub const fn right_sport(seen: u16, expected: u16, sport: u16) -> u16 {
+    Sum::ZERO.add_u16(sport).add_u16(expected).minus_u16(seen).fold()
+}
+
 /// What is known of the packet's connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Nat<'a> {
@@ -185,5 +192,22 @@ pub fn cause(finding: &Finding, nat: &Nat<'_>) -> Cause {
         }
         (Verdict::BadOuter, Nat::Unknown) if seen == 0xffff => Cause { verdict: Verdict::NatMangledZero, ..unnamed },
         _ => unnamed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Where only the port was rewritten, the stale checksum gives the port before.
+        #[test]
+        fn a_stale_checksum_tells_the_port_before(expected in 1_u16.., before in 1..u16::MAX, after in 1_u16.., dport: u16) {
+            let tuple = Tuple { sport: before, dport, ..Tuple::default() };
+            let endpoints = Endpoints { sport: after, dport, ..Endpoints::default() };
+            let stale = Rewrite { before: &tuple, after: &endpoints }.stale(expected);
+            prop_assert_eq!(right_sport(stale, expected, after), before);
+        }
     }
 }

@@ -260,12 +260,16 @@ pub struct NatRule {
 }
 
 /// Why the checksum is wrong.
-#[derive(Clone, Debug, Serialize, JsonSchema)]
+#[derive(Clone, Debug, Default, Serialize, JsonSchema)]
 pub struct Cause {
     /// The value that the fault leaves, computed from the conntrack entry alone, hexadecimal, network order.
     pub predicted: Option<String>,
     /// The predicted value is the one seen.
     pub proved: bool,
+    /// Only where the conntrack entry is not known: the source port with which the seen checksum would be right. If that is
+    /// the port before NAT, it is fault B; other errors give some port as well.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub right_for_sport: Option<u16>,
 }
 
 /// The story so far of the connection inside (protocol, addresses, ports and VNI), whatever outer flows carried it.

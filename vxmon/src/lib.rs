@@ -4,8 +4,9 @@
 //! ```text
 //! cli/        one file for each verb
 //! monitor     the daemon's loop
+//! check       judges capture files
 //! account     what is kept of each device's packets
-//! source/     where observations come from: the TC programs
+//! source/     where observations come from: TC programs, packet sockets, capture files
 //! netlink/    the kernel's wire formats: links, addresses, routes, tc, conntrack
 //! devices     which devices to watch
 //! rules/      the NAT rules of the node: read, matched, rendered
@@ -20,6 +21,7 @@
 
 pub mod account;
 pub mod attribute;
+pub mod check;
 pub mod cli;
 pub mod clock;
 pub mod devices;

@@ -74,7 +74,7 @@ pub struct Settings {
 }
 
 /// UDP ports of VXLAN: IANA's, and Linux's own from before there was one, which flannel uses.
-const WELL_KNOWN_PORTS: [u16; 2] = [4789, 8472];
+pub const WELL_KNOWN_PORTS: [u16; 2] = [4789, 8472];
 /// How often losses are looked for.
 const TICK: Duration = Duration::from_secs(1);
 /// Events handled before anything else gets its turn.

@@ -91,19 +91,25 @@ fn options_are_those_of_the_help() {
     }
 }
 
-/// The options of `tail` are in a table of their own.
+/// The options of `tail` and `check` are in tables of their own.
 #[test]
-fn options_of_tail_are_those_of_the_help() {
+fn options_of_other_verbs_are_those_of_the_help() {
+    for verb in ["tail", "check"] {
+        options_are_documented(verb);
+    }
+}
+
+fn options_are_documented(verb: &str) {
     let flags = |text: &str| -> BTreeSet<String> {
         let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '-');
         words.filter(|word| word.starts_with("--") && word.len() > 2).map(str::to_owned).collect()
     };
-    let help = String::from_utf8(vxmon(&["tail", "--help"]).stdout).unwrap();
+    let help = String::from_utf8(vxmon(&[verb, "--help"]).stdout).unwrap();
     let visible = help.lines().filter(|line| line.trim_start().starts_with('-')).flat_map(flags);
     let general = ["--help", "--version", "--verbose"];
     let visible: BTreeSet<String> = visible.filter(|flag| !general.contains(&flag.as_str())).collect();
     let named: BTreeSet<String> =
-        table(&read("README.md"), "`tail` option").iter().flat_map(|(_, row)| flags(row)).collect();
+        table(&read("README.md"), &format!("`{verb}` option")).iter().flat_map(|(_, row)| flags(row)).collect();
     assert_eq!(named, visible);
 }
 
@@ -367,6 +373,7 @@ fn anomaly(value: &Value) -> Record {
         cause: Some(Cause {
             predicted: value["cause"]["predicted"].as_str().map(str::to_owned),
             proved: value["cause"]["proved"] == true,
+            right_for_sport: None,
         }),
         flow: Some(Flow {
             attempt: number(&value["flow"]["attempt"]),

@@ -28,6 +28,8 @@ pub enum Source {
     Skb,
     /// Netlink alone.
     Netlink,
+    /// None: the packet comes from a capture.
+    Nowhere,
 }
 
 /// An entry for the event, and its tuples for the prediction.
@@ -54,6 +56,9 @@ impl Lookup {
 
     /// The entry of the event's packet; `None` if it has none; an error in words if that could not be found out.
     pub fn find(&mut self, event: &Event, outer: &Endpoints) -> Result<Option<Found>, String> {
+        if self.source == Source::Nowhere {
+            return Err("a capture does not hold it".to_owned());
+        }
         if self.source != Source::Netlink {
             if event.flags & event_flag::CONNTRACK != 0 {
                 return Ok(Some(from_skb(event)));

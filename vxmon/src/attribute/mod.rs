@@ -21,7 +21,7 @@ pub mod story;
 use jiff::{SignedDuration, Timestamp};
 
 use vxmon_common::{
-    conntrack::{Cause, Nat, Rewrite, cause},
+    conntrack::{Cause, Nat, Rewrite, cause, right_sport},
     event::{Event, event_flag, role},
     judge::{Finding, State, Verdict},
 };
@@ -92,6 +92,8 @@ pub struct Attributor {
     parameters: parameters::Reader,
     /// VXLAN devices: port, VNI and name.
     vxlans: Vec<(u16, u32, String)>,
+    /// Why an event has no mark.
+    no_mark: &'static str,
 }
 
 impl Attributor {
@@ -105,6 +107,16 @@ impl Attributor {
             stories: Stories::default(),
             parameters: parameters::Reader::default(),
             vxlans: Vec::new(),
+            no_mark: "a packet socket does not see it",
+        }
+    }
+
+    /// For packets of captures: asks this machine nothing.
+    pub fn of_captures(node: String) -> Self {
+        Self {
+            parameters: parameters::Reader::elsewhere(),
+            no_mark: "a capture does not hold it",
+            ..Self::new(node, ConntrackSource::Nowhere)
         }
     }
 
@@ -166,6 +178,12 @@ impl Attributor {
         let Cause { verdict, predicted, proved } =
             if event.role == role::UPLINK { cause(&finding, &nat) } else { cause(&finding, &Nat::None) };
 
+        let right_for_sport = match (verdict, &nat, &endpoints, finding.expected) {
+            (Verdict::BadOuter, Nat::Unknown, Some(outer), Some(expected)) => {
+                Some(u16::from_be(right_sport(event.seen, expected, outer.sport)))
+            }
+            _ => None,
+        };
         let observed = match (&mut self.observer, &tuples, &rewrite) {
             (Some(observer), Some((orig, reply)), Some(_)) => observer.range_flags(orig, reply).map(RangeFlags),
             _ => None,
@@ -197,7 +215,7 @@ impl Attributor {
         let vxlan_dev =
             if event.role == role::UPLINK { self.vxlan_device(outer.as_ref(), vni) } else { Some(device.to_owned()) };
         if event.flags & event_flag::NO_MARK != 0 {
-            missing.insert("mark", "a packet socket does not see it".to_owned());
+            missing.insert("mark", self.no_mark.to_owned());
         }
         let anomaly = Anomaly {
             ts,
@@ -220,7 +238,11 @@ impl Attributor {
             mark: (event.flags & event_flag::NO_MARK == 0).then(|| format!("{:#x}", event.mark)),
             ct,
             nat,
-            cause: (event.role == role::UPLINK).then(|| event::Cause { predicted: predicted.map(hex), proved }),
+            cause: (event.role == role::UPLINK).then(|| event::Cause {
+                predicted: predicted.map(hex),
+                proved,
+                right_for_sport,
+            }),
             flow,
             suppressed: event.suppressed,
             missing,

@@ -11,11 +11,21 @@ const SECOND: u64 = 1_000_000_000;
 #[derive(Debug, Default)]
 pub struct Reader {
     read: Option<(u64, Parameters)>,
+    /// Those of another machine are meant, which are not known.
+    elsewhere: bool,
 }
 
 impl Reader {
+    /// Of a machine that cannot be asked: knows none.
+    pub fn elsewhere() -> Self {
+        Self { elsewhere: true, ..Self::default() }
+    }
+
     /// As they are at `now`, CLOCK_MONOTONIC, ns.
     pub fn at(&mut self, now: u64) -> Parameters {
+        if self.elsewhere {
+            return Parameters::default();
+        }
         match self.read {
             Some((then, parameters)) if now.abs_diff(then) < SECOND => parameters,
             _ => {

@@ -1,6 +1,7 @@
 //! The command line: one file for each verb. Raw flags become settings here, once.
 
 mod attach;
+mod check;
 mod generate;
 mod listen;
 mod privilege;
@@ -32,6 +33,8 @@ enum Verb {
     Attach(attach::Args),
     /// Show the live log of a running `attach --socket`.
     Tail(tail::Args),
+    /// Judge the packets of capture files, pcap or pcapng.
+    Check(check::Args),
     /// Write a shell's completions to standard output.
     Completions(generate::Completions),
     /// Write a manual page to standard output.
@@ -51,6 +54,7 @@ pub fn main() -> ExitCode {
     let result = match cli.verb {
         Verb::Attach(args) => attach::run(&args),
         Verb::Tail(args) => tail::run(&args),
+        Verb::Check(args) => check::run(&args),
         Verb::Completions(args) => generate::completions(&args, Cli::command()),
         Verb::Man(args) => generate::man(&args, Cli::command()),
     };

@@ -142,10 +142,21 @@ fn other(anomaly: &Anomaly) -> String {
         (_, None) if anomaly.ct.is_some() => {
             "not known: by its conntrack entry NAT rewrote nothing, so it is neither of the two NAT faults".to_owned()
         }
-        (_, None) => format!(
-            "not known: {}",
-            anomaly.missing.get("ct").map_or("there is no conntrack entry to explain it by", String::as_str)
-        ),
+        (_, None) => {
+            let why = match anomaly.missing.get("ct") {
+                Some(why) => format!("it cannot be told without the conntrack entry ({why})"),
+                None => "there is no conntrack entry to explain it by".to_owned(),
+            };
+            let port = anomaly.cause.as_ref().and_then(|cause| cause.right_for_sport);
+            let port = port.zip(anomaly.outer.as_ref()).map(|(port, outer)| {
+                format!(
+                    ". With source port {port} the checksum would be right: if `conntrack -L` on the sender shows that {port} \
+                     became {}, it is fault B (nat-stale-port)",
+                    outer.sport
+                )
+            });
+            format!("not known: {why}{}", port.unwrap_or_default())
+        }
     }
 }
 
@@ -268,6 +279,11 @@ fn to_do(anomaly: &Anomaly, fault: Fault, release: &str) -> Vec<Part> {
                 "now",
                 "let the device leave the checksum out, if the receivers accept that (udp6zerocsumrx), or find who sends these \
                  packets",
+            )],
+            _ if anomaly.cause.as_ref().is_some_and(|cause| cause.right_for_sport.is_some()) => vec![part(
+                "now",
+                "run `vxmon attach` on the node that sends these packets: with the conntrack entry it proves fault B, or rules it \
+                 out",
             )],
             _ => vec![part(
                 "now",

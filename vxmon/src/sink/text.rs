@@ -124,6 +124,9 @@ fn anomaly(anomaly: &Anomaly, paint: Paint) -> String {
             }
             (None, _) => {}
         }
+        if let Some(port) = cause.right_for_sport {
+            let _ = write!(line, " | right for source port {port}");
+        }
     }
     if let Some(flow) = anomaly.flow.as_ref().filter(|flow| flow.attempt > 1) {
         let _ = write!(line, " | bad packet {} in {:.1} s", flow.attempt, flow.since_first_ms as f64 / 1e3);

@@ -7,6 +7,7 @@
 //! tc             the TC egress programs: loading, attaching, counters, events
 //! packet_socket  the engine without eBPF, on packet sockets
 //! userspace      the judge and its counting, for sources outside the kernel
+//! capture        packets of capture files
 //! nat_probe      NAT as it is set up: the probes on it and what they noted
 //! object         the eBPF objects, embedded
 //! clsact         what stays in the kernel when a process is killed, and how it is found again
@@ -15,6 +16,7 @@
 //! ```
 
 pub mod btf;
+pub mod capture;
 pub mod clsact;
 pub mod engine;
 pub mod events;

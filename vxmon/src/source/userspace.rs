@@ -41,7 +41,8 @@ pub struct Judge {
     ports: Box<[u8]>,
     sample: u32,
     turn: Cell<u32>,
-    repeats: Repeats,
+    /// None: an event is made of each anomaly.
+    repeats: Option<Repeats>,
     stories: Remembered,
 }
 
@@ -49,7 +50,12 @@ impl Judge {
     /// Sums the payload of one packet in `sample`; 0 and 1: of each. Knows no port yet.
     pub fn new(sample: u32) -> Self {
         let ports = vec![0; 1 << 16].into_boxed_slice();
-        Self { ports, sample, turn: Cell::new(0), repeats: Repeats::default(), stories: Remembered::default() }
+        Self { ports, sample, turn: Cell::new(0), repeats: Some(Repeats::default()), stories: Remembered::default() }
+    }
+
+    /// Sums the payload of each packet, and makes an event of each anomaly.
+    pub fn of_each() -> Self {
+        Self { repeats: None, ..Self::new(1) }
     }
 
     /// Sets the UDP ports of tunnel packets, host byte order.
@@ -105,7 +111,10 @@ impl Judge {
         let port = |at| bytes.u16(at).filter(|_| has_ports).unwrap_or(0);
         let key =
             FlowKey { src, dst, sport: port(ip.l4), dport: port(ip.l4 + 2), ifindex, verdict: cause.verdict as u32 };
-        let due = self.repeats.count(&key, time_ns);
+        let due = match &mut self.repeats {
+            Some(repeats) => repeats.count(&key, time_ns),
+            None => Some((1, 0)),
+        };
         let so_far = self.stories.bad(sighting, ip, due.is_some());
         let Some(counts) = due else {
             counters.suppressed += 1;

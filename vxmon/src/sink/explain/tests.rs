@@ -45,7 +45,7 @@ pub(crate) fn fault_b() -> Anomaly {
             source: "skb",
         }),
         nat: Some(Nat { random_fully: "port-rewritten", ..Nat::default() }),
-        cause: Some(Cause { predicted: Some("0x76b9".into()), proved: true }),
+        cause: Some(Cause { predicted: Some("0x76b9".into()), proved: true, ..Cause::default() }),
         flow: Some(Flow { attempt: 1, conntrack_timeout_s: Some(30), ..Flow::default() }),
         suppressed: 0,
         missing: BTreeMap::new(),
@@ -83,7 +83,7 @@ fn fault_a() -> Anomaly {
     Anomaly {
         verdict: "nat-mangled-zero",
         csum: Csum { seen: "0xffff".into(), expected: Some("0x0000".into()), ..fault_b().csum },
-        cause: Some(Cause { predicted: Some("0xffff".into()), proved: true }),
+        cause: Some(Cause { predicted: Some("0xffff".into()), proved: true, ..Cause::default() }),
         ..fault_b()
     }
 }
@@ -166,7 +166,7 @@ fn fault_a_without_its_entry_is_not_called_proved() {
     let anomaly = Anomaly {
         ct: None,
         nat: None,
-        cause: Some(Cause { predicted: None, proved: false }),
+        cause: Some(Cause { predicted: None, proved: false, ..Cause::default() }),
         missing: [("ct", "it is gone".to_owned())].into(),
         ..fault_a()
     };
@@ -267,18 +267,22 @@ fn what_comes_next_is_told_as_it_is_expected() {
 
 #[test]
 fn what_nat_did_not_do_is_not_blamed_on_it() {
-    let unnamed = Some(Cause { predicted: None, proved: false });
+    let unnamed = Some(Cause { predicted: None, proved: false, ..Cause::default() });
     let no_nat = Anomaly { verdict: "bad-outer", cause: unnamed.clone(), ..fault_b() };
     says(&text_of(&no_nat, RELEASE, "why"), &["NAT rewrote nothing"]);
     let other = Anomaly {
         verdict: "bad-outer",
-        cause: Some(Cause { predicted: Some("0x1111".into()), proved: false }),
+        cause: Some(Cause { predicted: Some("0x1111".into()), proved: false, ..Cause::default() }),
         ..fault_b()
     };
     says(&text_of(&other, RELEASE, "why"), &["would have left 0x1111"]);
     let unknown =
         Anomaly { ct: None, nat: None, missing: [("ct", "no permission".to_owned())].into(), ..no_nat.clone() };
-    says(&text_of(&unknown, RELEASE, "why"), &["not known: no permission"]);
+    says(&text_of(&unknown, RELEASE, "why"), &["cannot be told", "no permission"]);
+    let port = Some(Cause { right_for_sport: Some(36512), ..Cause::default() });
+    let captured = Anomaly { cause: port, ..unknown.clone() };
+    says(&text_of(&captured, RELEASE, "why"), &["no permission", "With source port 36512", "became 49991"]);
+    says(&text_of(&captured, RELEASE, "now"), &["vxmon attach"]);
     let inner = Anomaly { verdict: "bad-inner", role: "vxlan", dev: "flannel.1".into(), ..unknown.clone() };
     says(&text_of(&inner, RELEASE, "what"), &["when it entered flannel.1"]);
     let zero = Anomaly { verdict: "zero-outer-v6", ..unknown.clone() };
