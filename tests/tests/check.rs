@@ -203,6 +203,7 @@ fn pcapng(packet: &[u8]) -> Vec<u8> {
 }
 
 /// What comes of a capture, in this process: the lines, the tally, and how reading it ended.
+#[expect(clippy::expect_used, reason = "a test may fail loudly")]
 fn judge(bytes: &[u8]) -> (Vec<Value>, Tally, Result<(), CaptureError>) {
     let printer = Printer::new(Format::Json, Explain::Never, Paint::PLAIN, String::new());
     let mut out = Vec::new();
