@@ -83,6 +83,50 @@ impl Rules {
         restore(node, six, &[&WAIT[..], &["--noflush"]].concat(), &self.iptables(Family::V6)?)
     }
 
+    /// Adds the rules of so many more services of one endpoint each: five rules a service, or as much in maps and chains.
+    pub fn add_services(&self, node: &Netns, services: usize) -> Result<()> {
+        match self.backend {
+            Backend::Nftables => {
+                let text = format!("table ip kube-proxy {{\n{}}}\n", services_nftables(services)?);
+                restore(node, "nft", &["-f", "-"], &text)
+            }
+            Backend::IptablesLegacy | Backend::IptablesNft => {
+                let text = format!("*nat\n{}COMMIT\n", services_iptables(services)?);
+                restore(node, self.iptables_restore(), &[&WAIT[..], &["--noflush"]].concat(), &text)
+            }
+        }
+    }
+
+    /// Writes all of kube-proxy's chains anew in one transaction, as it does at each sync (before 1.27, or when it has
+    /// restarted), for IPv4 and with so many more services. Its chains must be there.
+    pub fn sync(&self, node: &Netns, services: usize) -> Result<()> {
+        // The base chains' rules are not written anew.
+        let own = |text: String, base: &[&str]| -> String {
+            let lines = text.lines().filter(|line| !base.iter().any(|base| line.starts_with(base)));
+            lines.fold(String::new(), |text, line| text + line + "\n")
+        };
+        if self.backend == Backend::Nftables {
+            let mut text = String::new();
+            let fixed = ["mark-for-masquerade", "masquerading", "services"].map(str::to_owned);
+            let of_service = |name: String| [format!("service-{name}"), format!("endpoint-{name}")];
+            let names =
+                ["tcp", "udp"].map(str::to_owned).into_iter().chain((0..services).map(|number| number.to_string()));
+            for chain in fixed.into_iter().chain(names.flat_map(of_service)) {
+                writeln!(text, "flush chain ip kube-proxy {chain}")?;
+            }
+            let chains = own(self.nftables(Family::V4)?, &["chain nat-", "}"]);
+            text += &format!("{chains}{}}}\n", services_nftables(services)?);
+            return restore(node, "nft", &["-f", "-"], &text);
+        }
+        let chains = own(self.iptables(Family::V4)?, &["-A OUTPUT", "-A POSTROUTING", "-I POSTROUTING", "COMMIT"]);
+        let text = format!("{chains}{}COMMIT\n", services_iptables(services)?);
+        restore(node, self.iptables_restore(), &[&WAIT[..], &["--noflush"]].concat(), &text)
+    }
+
+    fn iptables_restore(&self) -> &'static str {
+        if self.backend == Backend::IptablesLegacy { "iptables-legacy-restore" } else { "iptables-nft-restore" }
+    }
+
     fn ports(&self) -> [(&'static str, u16); 2] {
         [("tcp", self.tcp_port), ("udp", self.udp_port)]
     }
@@ -179,6 +223,42 @@ impl Rules {
              chain nat-postrouting {{ type nat hook postrouting priority 100; {ahead}jump masquerading; }}\n}}\n"
         ))
     }
+}
+
+/// Number, address and pod of so many services.
+fn services(count: usize) -> impl Iterator<Item = (usize, String, String)> {
+    let address = |net: u8, service: usize| format!("10.{net}.{}.{}", 100 + service / 250, 1 + service % 250);
+    (0..count).map(move |number| (number, address(96, number), address(244, number)))
+}
+
+fn services_nftables(count: usize) -> Result<String> {
+    let mut text = String::new();
+    for (number, service, pod) in services(count) {
+        writeln!(
+            text,
+            "chain endpoint-{number} {{ ip saddr {pod} jump mark-for-masquerade; meta l4proto tcp dnat to {pod}:80; }}\n\
+             chain service-{number} {{ ip daddr {service} tcp dport 80 ip saddr != 10.244.0.0/16 jump mark-for-masquerade; \
+             numgen random mod 1 vmap {{ 0 : goto endpoint-{number} }}; }}"
+        )?;
+    }
+    Ok(text)
+}
+
+fn services_iptables(count: usize) -> Result<String> {
+    let mut text = String::new();
+    for (number, service, pod) in services(count) {
+        writeln!(
+            text,
+            ":KUBE-SVC-{number} - [0:0]\n:KUBE-SEP-{number} - [0:0]\n\
+             -A KUBE-SERVICES -d {service}/32 -p tcp -m comment --comment \"default/service-{number} cluster IP\" -m tcp \
+             --dport 80 -j KUBE-SVC-{number}\n\
+             -A KUBE-SVC-{number} ! -s 10.244.0.0/16 -d {service}/32 -p tcp -m tcp --dport 80 -j KUBE-MARK-MASQ\n\
+             -A KUBE-SVC-{number} -m comment --comment \"default/service-{number}\" -j KUBE-SEP-{number}\n\
+             -A KUBE-SEP-{number} -s {pod}/32 -j KUBE-MARK-MASQ\n\
+             -A KUBE-SEP-{number} -p tcp -m tcp -j DNAT --to-destination {pod}:80"
+        )?;
+    }
+    Ok(text)
 }
 
 /// Removes the NAT rules of all backends, and all connections.

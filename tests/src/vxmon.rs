@@ -262,10 +262,26 @@ impl Vxmon {
 
     /// Resident memory, in bytes.
     pub fn resident(&self) -> Result<u64> {
+        self.memory("VmRSS:")
+    }
+
+    /// The most resident memory that it had since the start, or since [`reset_peak`](Self::reset_peak), in bytes.
+    pub fn peak_resident(&self) -> Result<u64> {
+        self.memory("VmHWM:")
+    }
+
+    /// Has the kernel forget how much resident memory it had so far: proc_pid_clear_refs(5).
+    pub fn reset_peak(&self) -> Result<()> {
+        let path = format!("/proc/{}/clear_refs", self.pid());
+        fs::write(&path, "5").with_context(|| format!("cannot write {path}"))
+    }
+
+    /// A line of proc_pid_status(5), in bytes.
+    fn memory(&self, name: &str) -> Result<u64> {
         let path = format!("/proc/{}/status", self.pid());
         let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
-        let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS: it has ended")?;
-        let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().context("cannot read VmRSS")?;
+        let line = text.lines().find_map(|line| line.strip_prefix(name)).with_context(|| format!("no {name}"))?;
+        let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().with_context(|| format!("{name} {line}"))?;
         Ok(kib * 1024)
     }
 

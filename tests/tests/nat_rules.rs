@@ -5,7 +5,10 @@ use std::{collections::BTreeSet, thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use vxmon::rules::{Backend as Home, Keep, Snapshot, render};
+use vxmon::{
+    netlink::ruleset::News,
+    rules::{Backend as Home, Keep, Snapshot, render},
+};
 use vxmon_tests::{
     Backend, Family, Lab, LabOptions, Netns, RuleForm, Rules, Vxmon, cmd, skip,
     traffic::{self, HttpServer},
@@ -389,6 +392,43 @@ fn changes_are_followed() -> Result<()> {
         }
     }
     vxmon.stop()?.adds_up()
+}
+
+/// What is told of changes: those in tables that no packet meets as it leaves are no reason to doubt the rules.
+#[test]
+fn changes_elsewhere_are_told_apart() -> Result<()> {
+    if !skip::root_or_skip("changes_elsewhere_are_told_apart") {
+        return Ok(());
+    }
+    let netns = Netns::create("rules")?;
+    of(Backend::IptablesNft, RuleForm::Before1179).install(&netns)?;
+    // More than the socket holds.
+    let much = format!("table ip other {{ chain c {{\n{}}}\n}}", "ip saddr 1.2.3.4 counter\n".repeat(2000));
+    let mut news = netns.enter(|| Ok(News::open()?))?;
+    for (text, concerns) in [
+        ("add table ip other\nadd chain ip other c\nadd rule ip other c counter", false),
+        ("add chain ip other in { type filter hook input priority 0; }\nadd rule ip other in jump c", false),
+        ("add table ip6 nat\nadd chain ip6 nat c\nadd rule ip6 nat c counter", true),
+        ("add chain ip other post { type nat hook postrouting priority 100; }", true),
+        ("add rule ip other c counter", true),
+        ("delete chain ip other post", true),
+        ("add rule ip other c counter", false),
+        ("add rule ip nat KUBE-SERVICES counter", true),
+        ("add set ip nat s { type ipv4_addr; }\nadd element ip nat s { 1.2.3.4 }", true),
+        (&much, true),
+        ("delete table ip nat", true),
+        ("add table inet post { chain c { type nat hook postrouting priority 100; }; }", true),
+        ("add table netdev x\nadd table bridge post", false),
+    ] {
+        let snapshot = netns.enter(|| Ok(Snapshot::read()))?;
+        news.take(drop);
+        give(&netns, "nft", &["-f", "-"], &format!("{text}\n"))?;
+        let mut changes = Vec::new();
+        news.take(|change| changes.push(change));
+        let found = changes.iter().any(|change| snapshot.is_concerned(change));
+        ensure!(!changes.is_empty() && found == concerns, "{}: {changes:?}", text.get(..80).unwrap_or(text));
+    }
+    Ok(())
 }
 
 /// No table is made by looking for one.

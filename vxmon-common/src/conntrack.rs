@@ -94,6 +94,12 @@ impl<'a> Rewrite<'a> {
         if unchanged { None } else { Some(Self { before, after }) }
     }
 
+    /// Whether a packet that leaves as `after` is one of the connection with these tuples, rewritten or not.
+    #[must_use]
+    pub const fn is_of(orig: &Tuple, reply: &Tuple, after: &Endpoints) -> bool {
+        Self::answers(reply, after) || Self::answers(orig, after)
+    }
+
     /// Whether packets of `tuple` are the answers to `packet`.
     #[inline(always)]
     const fn answers(tuple: &Tuple, packet: &Endpoints) -> bool {

@@ -185,7 +185,8 @@ pub struct Nat {
     /// How it is known that `--random-fully` chose the port: `observed` in the kernel as it happened, see `range_flags`;
     /// `rule`: a live rule with random-fully is the one that this packet's connection reached; `port-rewritten`: the port was
     /// rewritten, and `reason` says why no rule is named for it; `no`: the port was not rewritten, or by a rule without
-    /// random-fully, or, with `range_flags`, the kernel was seen to choose it otherwise; `unknown`.
+    /// random-fully, or, with `range_flags`, the kernel was seen to choose it otherwise; `unknown`: the conntrack entry could
+    /// not be had, or the packet is not as the entry has it, and `reason` says which.
     #[schemars(extend("enum" = ["observed", "rule", "port-rewritten", "no", "unknown"]))]
     pub random_fully: &'static str,
     /// The flags by which the kernel was seen to set this connection's NAT up (`NF_NAT_RANGE_*`). Left out if that was not
@@ -209,6 +210,11 @@ pub struct Nat {
     /// The rule's handle, as `nft -a list ruleset` shows it; iptables-legacy has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub handle: Option<u64>,
+    /// Rules were being changed when the packet left, and both the last reading before it and one after it name this rule. It
+    /// may have been written anew in between, with the same words: `handle` and `position` are left out where the two readings
+    /// differ, and those of other rules are as they were before.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub changing: bool,
     /// Why no rule is named, where one should be.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,

@@ -18,13 +18,14 @@ use tokio::{
 
 use crate::{
     account::{self, Account, Accounts},
-    attribute::{Attributor, ConntrackSource, Decoded, Observer, story},
+    attribute::{Attributor, ConntrackSource, Decoded, Observer, Pending, story},
     clock::{monotonic, now, wall_clock},
     devices::{Plan, Selection, Snapshot, Watch, offload::Offloads, plan},
     event::{
         Anomalies, Attached, Connections, Detached, DeviceSummary, Line, Lost, LostByStage, Offload, Packets, Record,
         Summary,
     },
+    held::Held,
     netlink::{
         monitor::{Changes, Monitor, Pace},
         socket::{Protocol, Socket},
@@ -86,9 +87,6 @@ const LONGEST_RETRY: Duration = Duration::from_secs(10);
 /// When a device is tried again that could not be attached to.
 const RETRY: Duration = Duration::from_millis(250);
 
-/// How long the start waits for the NAT rules to be read. An anomaly before that has none.
-const RULES: Duration = Duration::from_millis(100);
-
 /// Watches until told to end; how many anomalies were seen.
 pub async fn run(
     settings: Settings,
@@ -99,6 +97,9 @@ pub async fn run(
     // Before anything is attached: a signal's default action would leave it behind.
     let ends = Ends::listen()?;
     let mut daemon = Daemon::start(settings, output, listeners, say)?;
+    // Not before: reading ten thousand rules would hold up the loading of the programs on a busy machine. Nor after: then
+    // there could be an anomaly before it.
+    daemon.attributor.begin();
     daemon.follow(None)?;
     daemon.keep_what_is_needed()?;
     daemon.measure()?;
@@ -139,6 +140,7 @@ struct Daemon<'a> {
     monitor: Monitor,
     route: Socket,
     attributor: Attributor,
+    held: Held,
     printer: Printer,
     writer: Option<Writer>,
     broken: crate::sink::writer::Broken,
@@ -172,7 +174,7 @@ impl<'a> Daemon<'a> {
         // Before the first look at the devices, so that nothing slips through between.
         let monitor = Monitor::open(Pace::default())?;
         let route = Socket::open(Protocol::Route)?;
-        // Read meanwhile, on a thread of their own.
+        // Before privileges are given up.
         let rules = Rules::start().context("cannot start the thread that reads the NAT rules")?;
         let Started { mut engine, fallback } = start::start(&settings.engine, say)?;
         let events = engine.events()?;
@@ -192,12 +194,13 @@ impl<'a> Daemon<'a> {
         let host = || nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let node = settings.node.clone().unwrap_or_else(host);
         let live = Live::start(listeners, &node).context("cannot start the thread of the socket and the metrics")?;
-        rules.wait(RULES);
+        let attributor = Attributor::new(node.clone(), settings.conntrack).with_rules(rules).with_observer(observer);
         Ok(Self {
             live,
             telemetry: Telemetry::default(),
             offloads: Offloads::default(),
-            attributor: Attributor::new(node.clone(), settings.conntrack).with_rules(rules).with_observer(observer),
+            held: Held::new(attributor.news()),
+            attributor,
             printer: Printer::new(settings.format, settings.explain, settings.paint, release.unwrap_or_default()),
             settings,
             say,
@@ -227,6 +230,8 @@ impl<'a> Daemon<'a> {
 
     /// Looks at the namespace's devices, and attaches to and detaches from them as needed.
     fn follow(&mut self, changes: Option<&Changes>) -> Result<()> {
+        // What waits is about devices as they are now.
+        self.release(true);
         let first = changes.is_none();
         self.retry_at = None;
         let snapshot = match Snapshot::take_from(&mut self.route) {
@@ -450,6 +455,12 @@ impl<'a> Daemon<'a> {
                     self.follow(Some(&changes))?;
                 }
                 () = at(self.retry_at) => self.follow(Some(&Changes::default()))?,
+                () = self.held.wait() => {
+                    self.release(false);
+                    if self.enough() {
+                        break;
+                    }
+                }
                 _ = tick.tick() => {
                     self.heal()?;
                     self.end_stories()?;
@@ -463,11 +474,15 @@ impl<'a> Daemon<'a> {
         if !self.enough() {
             while !self.drain(&mut events)?.0 {}
         }
+        while !self.held.is_empty() {
+            self.held.wait().await;
+            self.release(false);
+        }
         Ok(())
     }
 
     fn enough(&self) -> bool {
-        self.settings.count.is_some_and(|count| self.reported >= count)
+        self.settings.count.is_some_and(|count| self.reported + self.held.anomalies() >= count)
     }
 
     /// Handles waiting events; whether none is left, and whether that was enough.
@@ -497,9 +512,7 @@ impl<'a> Daemon<'a> {
     fn tell_end(&mut self, ended: &story::Ended) {
         let device = self.accounts.name(ended.ifindex).unwrap_or_default().to_owned();
         let record = self.attributor.ending(ended, &device, &wall_clock);
-        if !self.write(record) {
-            self.untold += 1;
-        }
+        self.write(record);
     }
 
     /// Ends the stories of which nothing more is expected.
@@ -518,20 +531,56 @@ impl<'a> Daemon<'a> {
             let packets = attributed.anomaly.suppressed.saturating_add(1);
             self.account(ifindex).rename(attributed.counted, attributed.verdict, packets);
         }
-        if self.write(Record::Anomaly(Box::new(attributed.anomaly))) {
-            self.account(ifindex).reported += 1;
-            self.reported += 1;
+        self.write_or_hold(Record::Anomaly(Box::new(attributed.anomaly)), attributed.pending);
+    }
+
+    fn write(&mut self, record: Record) {
+        self.write_or_hold(record, None);
+    }
+
+    /// Writes a line, as soon as it and those ahead of it need not wait any longer.
+    fn write_or_hold(&mut self, record: Record, pending: Option<Box<Pending>>) {
+        if self.held.is_empty() && pending.is_none() {
+            self.put(record);
         } else {
-            self.lost_queue += 1;
+            self.held.push(record, pending);
+            self.release(false);
         }
     }
 
-    fn write(&mut self, record: Record) -> bool {
+    /// Writes the lines whose time has come, or all.
+    fn release(&mut self, all: bool) {
+        while let Some(record) = self.held.next(all, |anomaly, pending| self.attributor.settle(anomaly, pending)) {
+            self.put(record);
+        }
+    }
+
+    /// Writes a line, and counts it.
+    fn put(&mut self, record: Record) {
         self.telemetry.note(&record);
         let line = Arc::new(Line::from(record));
         self.live.publish(&line);
-        let line = self.printer.render(&line);
-        self.writer.as_mut().is_some_and(|writer| writer.line(line))
+        let text = self.printer.render(&line);
+        let is_written = self.writer.as_mut().is_some_and(|writer| writer.line(text));
+        match &line.record {
+            Record::Anomaly(anomaly) if is_written => {
+                self.account(anomaly.ifindex).reported += 1;
+                self.reported += 1;
+            }
+            Record::Anomaly(_) => self.lost_queue += 1,
+            Record::Recovered(_) | Record::NotRecovered(_) => self.untold += u64::from(!is_written),
+            Record::Lost(Lost { ring, queue, capture, .. }) if is_written => {
+                self.told_lost.ring += ring;
+                self.told_lost.queue += queue;
+                self.told_lost.capture += capture;
+            }
+            Record::Lost(_)
+            | Record::Attached(_)
+            | Record::Detached(_)
+            | Record::Offload(_)
+            | Record::Missed(_)
+            | Record::Summary(_) => {}
+        }
     }
 
     fn lost(&self) -> Result<LostByStage, EngineError> {
@@ -557,9 +606,7 @@ impl<'a> Daemon<'a> {
                 queue: queue - told.queue,
                 capture: capture - told.capture,
             };
-            if self.write(Record::Lost(lost)) {
-                self.told_lost = all;
-            }
+            self.write(Record::Lost(lost));
         }
         Ok(())
     }

@@ -323,6 +323,7 @@ fn nat(value: &Value) -> Nat {
         chain: some("chain"),
         position: value.get("position").map(number),
         handle: value["handle"].as_u64(),
+        changing: value["changing"] == true,
         reason: some("reason"),
         mark: some("mark"),
         why: value["why"].as_str().map(|why| &*why.to_owned().leak()),

@@ -1,7 +1,6 @@
 //! NAT rules by the ten thousand: reading and asking them, and events that come meanwhile.
 
 use std::{
-    fmt::Write as _,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant, SystemTime},
@@ -9,7 +8,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 use vxmon::rules::{Device, Packet, Question, Snapshot, explain};
-use vxmon_tests::{Backend, Family, Lab, LabOptions, Netns, Rules, Vxmon, cmd, lab::Side, traffic};
+use vxmon_tests::{Backend, Family, Lab, LabOptions, Rules, Vxmon, cmd, lab::Side, traffic};
 
 use crate::{
     daemon::time_of,
@@ -30,48 +29,19 @@ pub fn measure(table: &mut Table) -> Result<()> {
         (Backend::Nftables, "nftables"),
     ] {
         let lab = LabOptions::default().build()?;
-        lab.rules(&Rules { backend, ..Rules::default() })?;
-        many(&lab.a, backend)?;
+        let rules = Rules { backend, ..Rules::default() };
+        lab.rules(&rules)?;
+        rules.add_services(&lab.a, SERVICES)?;
         reading(table, &lab, name)?;
-        events(table, &lab)?;
+        let ready = Vxmon::attach_to(&lab.a, 2, &["--format", "json"])?.ready_after;
+        table.line("  start until attached", ready.as_secs_f64() * 1e3, "ms", "", Limit::AtMost(200.0));
+        let other = "table ip churn { chain c { counter; }; }\ndelete table ip churn\n";
+        events(table, &lab, "another table is made and removed", || {
+            cmd::run_with_input(lab.a.command("nft").args(["-f", "-"]), other).map(drop)
+        })?;
+        events(table, &lab, "kube-proxy writes all of its rules", || rules.sync(&lab.a, SERVICES))?;
     }
     Ok(())
-}
-
-/// As kube-proxy writes them for so many services of one endpoint each, where the lab's own rules are.
-fn many(node: &Netns, backend: Backend) -> Result<()> {
-    let mut text = String::new();
-    let address = |net: u8, service: usize| format!("10.{net}.{}.{}", 100 + service / 250, 1 + service % 250);
-    let each = (0..SERVICES).map(|number| (number, address(96, number), address(244, number)));
-    if backend == Backend::Nftables {
-        text += "table ip kube-proxy {\n";
-        for (number, service, pod) in each {
-            writeln!(
-                text,
-                "chain endpoint-{number} {{ ip saddr {pod} jump mark-for-masquerade; meta l4proto tcp dnat to {pod}:80; }}\n\
-                 chain service-{number} {{ ip daddr {service} tcp dport 80 ip saddr != 10.244.0.0/16 jump mark-for-masquerade; \
-                 numgen random mod 1 vmap {{ 0 : goto endpoint-{number} }}; }}"
-            )?;
-        }
-        text += "}\n";
-        return cmd::run_with_input(node.command("nft").args(["-f", "-"]), &text).map(drop);
-    }
-    text += "*nat\n";
-    for (number, service, pod) in each {
-        writeln!(
-            text,
-            ":KUBE-SVC-{number} - [0:0]\n:KUBE-SEP-{number} - [0:0]\n\
-             -A KUBE-SERVICES -d {service}/32 -p tcp -m comment --comment \"default/service-{number} cluster IP\" -m tcp \
-             --dport 80 -j KUBE-SVC-{number}\n\
-             -A KUBE-SVC-{number} ! -s 10.244.0.0/16 -d {service}/32 -p tcp -m tcp --dport 80 -j KUBE-MARK-MASQ\n\
-             -A KUBE-SVC-{number} -m comment --comment \"default/service-{number}\" -j KUBE-SEP-{number}\n\
-             -A KUBE-SEP-{number} -s {pod}/32 -j KUBE-MARK-MASQ\n\
-             -A KUBE-SEP-{number} -p tcp -m tcp -j DNAT --to-destination {pod}:80"
-        )?;
-    }
-    text += "COMMIT\n";
-    let program = if backend == Backend::IptablesLegacy { "iptables-legacy-restore" } else { "iptables-nft-restore" };
-    cmd::run_with_input(node.command(program).args(["-w", "10", "--noflush"]), &text).map(drop)
 }
 
 fn reading(table: &mut Table, lab: &Lab, name: &str) -> Result<()> {
@@ -110,18 +80,17 @@ fn outer() -> Packet {
 }
 
 /// How long a bad packet takes to its line while the rules are changed, and therefore read, all the time.
-fn events(table: &mut Table, lab: &Lab) -> Result<()> {
+fn events(table: &mut Table, lab: &Lab, what: &str, change: impl Fn() -> Result<()> + Sync) -> Result<()> {
     let vxmon = Vxmon::attach_to(&lab.a, 2, &["--format", "json"])?;
-    let ready = vxmon.ready_after.as_secs_f64() * 1e3;
+    // The start has its own peak, which is not this one.
+    thread::sleep(Duration::from_millis(300));
+    vxmon.reset_peak()?;
     let ended = AtomicBool::new(false);
     let (times, named, changes) = thread::scope(|scope| -> Result<_> {
         let changer = scope.spawn(|| {
             let mut changes = 0_u32;
             while !ended.load(Ordering::Relaxed) {
-                let text = "table ip churn { chain c { counter; }; }\ndelete table ip churn\n";
-                if cmd::run_with_input(lab.a.command("nft").args(["-f", "-"]), text).is_ok() {
-                    changes += 1;
-                }
+                changes += u32::from(change().is_ok());
                 thread::sleep(Duration::from_millis(20));
             }
             changes
@@ -132,18 +101,19 @@ fn events(table: &mut Table, lab: &Lab) -> Result<()> {
         let (times, named) = times?;
         Ok((times, named, changes))
     })?;
-    let resident = vxmon.resident()? as f64 / f64::from(1 << 20);
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let (resident, peak) = (vxmon.resident()?, vxmon.peak_resident()?);
     vxmon.stop()?;
-    let baseline = format!("{changes} changes meanwhile");
-    table.line("  packet until its line is read", median(&times), "ms", &baseline, Limit::AtMost(100.0));
-    table.line("    the slowest", max(&times), "ms", &baseline, Limit::AtMost(100.0));
-    table.note(&format!("{named} of {EVENTS} named their rule; the others came while the rules were being read"));
-    table.line("  start until attached", ready, "ms", "", Limit::AtMost(200.0));
-    table.line("  resident memory", resident, "MiB", "", Limit::AtMost(20.0));
+    table.note(&format!("{what} meanwhile, {changes} times:"));
+    table.line("  packet until its line is read", median(&times), "ms", "", Limit::AtMost(100.0));
+    table.line("    the slowest", max(&times), "ms", "", Limit::AtMost(100.0));
+    table.line("  rules named", f64::from(named), &format!("of {EVENTS}"), "", Limit::None);
+    table.line("  resident memory", mib(resident), "MiB", "", Limit::AtMost(20.0));
+    table.line("    at most", mib(peak), "MiB", "", Limit::AtMost(20.0));
     Ok(())
 }
 
-fn timed(lab: &Lab, vxmon: &Vxmon) -> Result<(Vec<f64>, usize)> {
+fn timed(lab: &Lab, vxmon: &Vxmon) -> Result<(Vec<f64>, u32)> {
     let (mut times, mut named) = (Vec::new(), 0);
     for number in 0..EVENTS {
         thread::sleep(Duration::from_millis(30 + 7 * (number as u64 % 5)));
@@ -152,7 +122,7 @@ fn timed(lab: &Lab, vxmon: &Vxmon) -> Result<(Vec<f64>, usize)> {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs_f64();
         ensure!(events.len() > number, "event {number} did not come");
         times.push(1e3 * (now - time_of(&events[number])?));
-        named += usize::from(events[number]["nat"]["random_fully"] == "rule");
+        named += u32::from(events[number]["nat"]["random_fully"] == "rule");
     }
     Ok((times, named))
 }

@@ -42,6 +42,16 @@ pub struct Found {
     pub reply: Tuple,
 }
 
+/// What is known of a packet's entry.
+pub enum Entry {
+    /// It has this one.
+    Found(Found),
+    /// The packet itself said that it has none: conntrack's NAT did not touch it.
+    None,
+    /// None was listed when it was looked for: there may have been one as the packet left.
+    NoneListed,
+}
+
 /// Finds entries.
 #[derive(Debug)]
 pub struct Lookup {
@@ -54,17 +64,17 @@ impl Lookup {
         Self { source, netlink: None }
     }
 
-    /// The entry of the event's packet; `None` if it has none; an error in words if that could not be found out.
-    pub fn find(&mut self, event: &Event, outer: &Endpoints) -> Result<Option<Found>, String> {
+    /// The entry of the event's packet, or that it has none; an error in words if that could not be found out.
+    pub fn find(&mut self, event: &Event, outer: &Endpoints) -> Result<Entry, String> {
         if self.source == Source::Nowhere {
             return Err("a capture does not hold it".to_owned());
         }
         if self.source != Source::Netlink {
             if event.flags & event_flag::CONNTRACK != 0 {
-                return Ok(Some(from_skb(event)));
+                return Ok(Entry::Found(from_skb(event)));
             }
             if event.flags & event_flag::NO_CONNTRACK != 0 {
-                return Ok(None);
+                return Ok(Entry::None);
             }
             if self.source == Source::Skb {
                 return Err("the skb's entry cannot be read on this kernel".to_owned());
@@ -73,7 +83,7 @@ impl Lookup {
         self.by_netlink(outer)
     }
 
-    fn by_netlink(&mut self, outer: &Endpoints) -> Result<Option<Found>, String> {
+    fn by_netlink(&mut self, outer: &Endpoints) -> Result<Entry, String> {
         let (Ok(src), Ok(dst)) = (outer.src.parse(), outer.dst.parse()) else {
             return Err("the packet's addresses could not be read".to_owned());
         };
@@ -83,15 +93,17 @@ impl Lookup {
         };
         let packet = ctnetlink::Tuple::udp(src, outer.sport, dst, outer.dport);
         let entry = netlink.by_packet(packet, 0).map_err(|error| error.to_string())?;
-        Ok(entry.map(|entry| Found {
-            ct: Ct {
-                orig: endpoints_of(&entry.orig),
-                reply: endpoints_of(&entry.reply),
-                status: status_names(u64::from(entry.status)),
-                source: "netlink",
-            },
-            orig: tuple_of(&entry.orig),
-            reply: tuple_of(&entry.reply),
+        Ok(entry.map_or(Entry::NoneListed, |entry| {
+            Entry::Found(Found {
+                ct: Ct {
+                    orig: endpoints_of(&entry.orig),
+                    reply: endpoints_of(&entry.reply),
+                    status: status_names(u64::from(entry.status)),
+                    source: "netlink",
+                },
+                orig: tuple_of(&entry.orig),
+                reply: tuple_of(&entry.reply),
+            })
         }))
     }
 }

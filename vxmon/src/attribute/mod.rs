@@ -18,7 +18,10 @@ mod nat;
 mod parameters;
 pub mod story;
 
+use std::sync::Arc;
+
 use jiff::{SignedDuration, Timestamp};
+use tokio::sync::Notify;
 
 use vxmon_common::{
     conntrack::{Cause, Nat, Rewrite, cause, right_sport},
@@ -27,7 +30,10 @@ use vxmon_common::{
 };
 use zerocopy::FromBytes as _;
 
-pub use self::{conntrack::Source as ConntrackSource, nat::Observer};
+pub use self::{
+    conntrack::Source as ConntrackSource,
+    nat::{Observer, Pending},
+};
 use self::{
     headers::Headers,
     nat::RangeFlags,
@@ -79,6 +85,8 @@ pub struct Attributed {
     pub counted: Verdict,
     /// The verdict it has now that its connection is known.
     pub verdict: Verdict,
+    /// Rules that are still to be read may tell more of its NAT.
+    pub pending: Option<Box<Pending>>,
 }
 
 /// Fills in what the packet itself does not tell.
@@ -142,12 +150,18 @@ impl Attributor {
 
         let known = match &outer {
             Some(outer) => self.conntrack.find(&event, outer),
+            None if event.role == role::UPLINK => Err("the outer packet could not be read".to_owned()),
             None => Err("a VXLAN device's frames have no outer packet yet".to_owned()),
         };
+        let is_untracked = matches!(known, Ok(conntrack::Entry::None));
         let (ct, tuples, nat) = match known {
-            Ok(Some(found)) => (Some(found.ct), Some((found.orig, found.reply)), None),
-            Ok(None) => {
+            Ok(conntrack::Entry::Found(found)) => (Some(found.ct), Some((found.orig, found.reply)), None),
+            Ok(conntrack::Entry::None) => {
                 missing.insert("ct", "the packet has no conntrack entry".to_owned());
+                (None, None, Some(Nat::None))
+            }
+            Ok(conntrack::Entry::NoneListed) => {
+                missing.insert("ct", "conntrack had no entry of the packet when it was asked".to_owned());
                 (None, None, Some(Nat::None))
             }
             Err(why) => {
@@ -155,7 +169,6 @@ impl Attributor {
                 (None, None, Some(Nat::Unknown))
             }
         };
-
         let finding = Finding {
             // The kernel program may have named the cause already; the same code names it again here.
             verdict: match counted {
@@ -188,19 +201,32 @@ impl Attributor {
             (Some(observer), Some((orig, reply)), Some(_)) => observer.range_flags(orig, reply).map(RangeFlags),
             _ => None,
         };
-        let nat = ct.as_ref().map(|ct| {
-            self.nat.find(&nat::Seen {
-                ct,
-                observed,
-                rewrite: rewrite.as_ref().map(|rewrite| (rewrite.before, rewrite.after)),
-                inner: inner.as_ref(),
-                device,
-                ifindex: event.ifindex,
-                mark: (event.flags & event_flag::NO_MARK == 0).then_some(event.mark),
-            })
-        });
+        let (nat, pending) = match (&ct, &tuples, &endpoints) {
+            (Some(ct), Some((orig, reply)), Some(endpoints)) if Rewrite::is_of(orig, reply, endpoints) => {
+                let (nat, pending) = self.nat.find(&nat::Seen {
+                    ct,
+                    observed,
+                    rewrite: rewrite.as_ref().map(|rewrite| (rewrite.before, rewrite.after)),
+                    inner: inner.as_ref(),
+                    device,
+                    ifindex: event.ifindex,
+                    mark: (event.flags & event_flag::NO_MARK == 0).then_some(event.mark),
+                    at: event.time_ns,
+                });
+                (Some(nat), pending)
+            }
+            (Some(_), ..) => {
+                (Some(nat::unknown("the packet is not as its conntrack entry has it: it was changed after NAT")), None)
+            }
+            // Then conntrack's NAT did not touch it.
+            (None, ..) if is_untracked => (Some(nat::untouched()), None),
+            (None, ..) if event.role == role::UPLINK => {
+                (Some(nat::unknown(missing.get("ct").map_or("the conntrack entry is not known", String::as_str))), None)
+            }
+            (None, ..) => (None, None),
+        };
         if nat.is_none() {
-            missing.insert("nat", "not known without the conntrack entry".to_owned());
+            missing.insert("nat", "a VXLAN device's frames have no outer packet yet".to_owned());
         }
         let entry =
             rewrite.filter(|_| matches!(verdict, Verdict::NatMangledZero | Verdict::NatStalePort)).map(|nat| Entry {
@@ -247,7 +273,25 @@ impl Attributor {
             suppressed: event.suppressed,
             missing,
         };
-        Attributed { anomaly, counted, verdict }
+        Attributed { anomaly, counted, verdict, pending }
+    }
+
+    /// Puts what the rules say that were read since into an anomaly's section `nat`; whether they said something.
+    pub fn settle(&mut self, anomaly: &mut Anomaly, pending: &Pending) -> bool {
+        let nat = self.nat.settle(anomaly, pending);
+        let is_settled = nat.is_some();
+        anomaly.nat = nat.or(anomaly.nat.take());
+        is_settled
+    }
+
+    /// Has the rules be read from now on.
+    pub fn begin(&self) {
+        self.nat.begin();
+    }
+
+    /// Is told when there is more by which anomalies may be settled.
+    pub fn news(&self) -> Option<Arc<Notify>> {
+        self.nat.news()
     }
 
     /// A good packet that was sent because its connection had bad ones; the end of that story, if it is that.

@@ -1,5 +1,8 @@
 //! The NAT that rewrote the outer packet: which rule, how certain that is, and why the packet met it at all. Everything about
-//! rules is [`crate::rules`]'; here it is put to the packet and into the event.
+//! rules is [`crate::rules`]'; here it is put to the packet and into the event. It never waits: what only later rules can settle
+//! is given back as such.
+
+mod between;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -7,12 +10,14 @@ use std::{
     sync::Arc,
 };
 
+use tokio::sync::Notify;
+
 use vxmon_common::conntrack::{Endpoints, Tuple};
 
 use super::headers::address;
 use crate::{
-    event::{self, Ct, Inner, NatRule},
-    rules::{Device, Finding, Packet, Question, RuleId, Rules, Snapshot, explain, model::RANDOM_FULLY, render},
+    event::{self, Anomaly, Ct, Inner, NatRule},
+    rules::{Device, Finding, Now, Packet, Question, RuleId, Rules, Snapshot, explain, model::RANDOM_FULLY, render},
 };
 use vxmon_common::packet::Family;
 
@@ -65,6 +70,27 @@ pub struct Seen<'a> {
     pub ifindex: u32,
     /// `skb->mark`; none: not known.
     pub mark: Option<u32>,
+    /// When: CLOCK_MONOTONIC, ns.
+    pub at: u64,
+}
+
+/// A packet of which rules that are still to be read may tell more.
+#[derive(Debug)]
+pub struct Pending {
+    before: Tuple,
+    after: Endpoints,
+    observed: Option<RangeFlags>,
+    mark: Option<u32>,
+    at: u64,
+    /// What the last rules say that had been read when it left.
+    earlier: Option<event::Nat>,
+}
+
+impl Pending {
+    /// When the packet left: CLOCK_MONOTONIC, ns.
+    pub const fn at(&self) -> u64 {
+        self.at
+    }
 }
 
 /// Before and after, of one connection.
@@ -95,27 +121,82 @@ impl Lookup {
         Self { rules: Some(rules), ..Self::default() }
     }
 
-    /// The section of the event.
-    pub fn find(&mut self, seen: &Seen<'_>) -> event::Nat {
+    /// The section of the event, and what is needed to ask again if rules that are still to be read may tell more.
+    pub fn find(&mut self, seen: &Seen<'_>) -> (event::Nat, Option<Box<Pending>>) {
         let source_nat = seen.ct.status.contains(&"src-nat");
         let Some((before, after)) = seen.rewrite.filter(|_| source_nat) else {
-            return event::Nat { random_fully: "no", ..event::Nat::default() };
+            return (untouched(), None);
         };
-        let key = (before.src, before.sport, after.src, after.sport, after.dport);
+        let key = key(before, after);
         let found = self.found.get(&key);
         // Seen now is what counts: it may be another connection with the same ends.
         let observed = seen.observed.or(found.and_then(|found| found.observed));
         if let Some(found) = found.filter(|found| found.settled && found.observed == observed) {
-            return event::Nat::clone(&found.nat);
+            return (event::Nat::clone(&found.nat), None);
         }
-        let (nat, settled) = self.ask(seen, observed, before, after);
-        if settled || observed.is_some() {
-            self.remember(key, Found { nat: Arc::new(nat.clone()), observed, settled });
-        }
-        nat
+        let seen = Seen { observed, ..*seen };
+        let now = self.rules.as_mut().map(Rules::now);
+        let (nat, pending) = match now {
+            None => (bare(observed, before, after, "rules are not read"), None),
+            Some(Now::Still(reading)) => (decide(&reading.snapshot, &seen, before, after), None),
+            Some(Now::Changed(last)) => {
+                let last = last.filter(|reading| reading.had_ended(seen.at));
+                let earlier = last.map(|reading| decide(&reading.snapshot, &seen, before, after));
+                // Otherwise they are being read for the first time, which is waited for.
+                self.rules.iter().filter(|_| earlier.is_some()).for_each(Rules::ask);
+                let nat = between::unsettled(earlier.as_ref(), &bare(observed, before, after, ""));
+                let (before, after) = (*before, *after);
+                (nat, Some(Box::new(Pending { before, after, observed, mark: seen.mark, at: seen.at, earlier })))
+            }
+        };
+        self.remember(key, &nat, observed);
+        (nat, pending)
     }
 
-    fn remember(&mut self, key: Key, found: Found) {
+    /// What the rules say that were read since, of the packet of this anomaly; none: nothing yet.
+    pub fn settle(&mut self, anomaly: &Anomaly, pending: &Pending) -> Option<event::Nat> {
+        let Pending { before, after, observed, mark, at, earlier } = pending;
+        let seen = Seen {
+            ct: anomaly.ct.as_ref()?,
+            observed: *observed,
+            rewrite: Some((before, after)),
+            inner: anomaly.inner.as_ref(),
+            device: &anomaly.dev,
+            ifindex: anomaly.ifindex,
+            mark: *mark,
+            at: *at,
+        };
+        let rules = self.rules.as_mut()?;
+        let nat = match rules.now() {
+            Now::Still(reading) if reading.had_begun(*at) => decide(&reading.snapshot, &seen, before, after),
+            // They are being read for the first time.
+            Now::Changed(None) => return None,
+            Now::Still(_) | Now::Changed(Some(_)) => {
+                let later = decide(&rules.since(*at)?.snapshot, &seen, before, after);
+                between::between(earlier.clone(), later, &bare(*observed, before, after, ""))
+            }
+        };
+        self.remember(key(before, after), &nat, *observed);
+        Some(nat)
+    }
+
+    /// Has the rules be read from now on.
+    pub fn begin(&self) {
+        self.rules.iter().for_each(Rules::begin);
+    }
+
+    /// Is told when there are rules by which more may be settled; none if none are read.
+    pub fn news(&self) -> Option<Arc<Notify>> {
+        self.rules.as_ref().map(Rules::news)
+    }
+
+    /// Keeps what will be said of the connection's later packets.
+    fn remember(&mut self, key: Key, nat: &event::Nat, observed: Option<RangeFlags>) {
+        let settled = nat.rule.is_some() || self.rules.is_none();
+        if !settled && observed.is_none() {
+            return;
+        }
+        let found = Found { nat: Arc::new(nat.clone()), observed, settled };
         if self.found.insert(key, found).is_some() {
             return;
         }
@@ -126,46 +207,43 @@ impl Lookup {
             self.found.remove(&oldest);
         }
     }
+}
 
-    /// What the rules say; whether that stays so.
-    fn ask(
-        &mut self,
-        seen: &Seen<'_>,
-        observed: Option<RangeFlags>,
-        before: &Tuple,
-        after: &Endpoints,
-    ) -> (event::Nat, bool) {
-        let snapshot = match &mut self.rules {
-            None => Err("rules are not read"),
-            Some(rules) => rules.current(),
-        };
-        let settled = self.rules.is_none();
-        let (nat, named) = decide(snapshot.as_deref(), seen, observed, before, after);
-        (nat, named || settled)
+const fn key(before: &Tuple, after: &Endpoints) -> Key {
+    (before.src, before.sport, after.src, after.sport, after.dport)
+}
+
+/// The level of evidence without a rule.
+const fn level(observed: Option<RangeFlags>, before: &Tuple, after: &Endpoints) -> &'static str {
+    match observed {
+        Some(flags) => flags.level(),
+        None if before.sport == after.sport => "no",
+        None => "port-rewritten",
     }
 }
 
-/// What the rules say, or why they say nothing, and what was seen, which they cannot contradict; whether a rule is named.
-fn decide(
-    snapshot: Result<&Snapshot, &&'static str>,
-    seen: &Seen<'_>,
-    observed: Option<RangeFlags>,
-    before: &Tuple,
-    after: &Endpoints,
-) -> (event::Nat, bool) {
-    let rewritten = if before.sport == after.sport { "no" } else { "port-rewritten" };
-    let snapshot = match snapshot {
-        Ok(snapshot) => snapshot,
-        Err(why) => {
-            let nat = event::Nat {
-                random_fully: observed.map_or(rewritten, RangeFlags::level),
-                range_flags: observed.map(RangeFlags::names),
-                reason: Some((*why).to_owned()),
-                ..event::Nat::default()
-            };
-            return (nat, false);
-        }
-    };
+/// What can be said without rules, which are not asked for this reason.
+fn bare(observed: Option<RangeFlags>, before: &Tuple, after: &Endpoints, reason: &str) -> event::Nat {
+    event::Nat {
+        random_fully: level(observed, before, after),
+        range_flags: observed.map(RangeFlags::names),
+        reason: Some(reason.to_owned()),
+        ..event::Nat::default()
+    }
+}
+
+/// What can be said of a packet whose NAT is not known.
+pub fn unknown(reason: &str) -> event::Nat {
+    event::Nat { random_fully: "unknown", reason: Some(reason.to_owned()), ..event::Nat::default() }
+}
+
+/// What can be said of a packet that NAT did not touch.
+pub fn untouched() -> event::Nat {
+    event::Nat { random_fully: "no", ..event::Nat::default() }
+}
+
+/// What the rules say, and what was seen, which they cannot contradict.
+fn decide(snapshot: &Snapshot, seen: &Seen<'_>, before: &Tuple, after: &Endpoints) -> event::Nat {
     let outer = outer(seen, before, snapshot);
     let family = if before.family == AF_INET6 { Family::V6 } else { Family::V4 };
     let inner = seen.inner.and_then(inner);
@@ -173,10 +251,10 @@ fn decide(
         outer: &outer,
         after: (address(family, &after.src), u16::from_be(after.sport)),
         inner: inner.as_ref(),
-        seen: observed.map(|flags| flags.0),
+        seen: seen.observed.map(|flags| flags.0),
     };
     let finding = explain::explain(snapshot, &question);
-    (section(snapshot, &finding, observed, rewritten), finding.rule.is_some())
+    section(snapshot, &finding, seen.observed, level(seen.observed, before, after))
 }
 
 /// The packet as it was before NAT.
@@ -225,17 +303,16 @@ fn section(
     snapshot: &Snapshot,
     finding: &Finding,
     observed: Option<RangeFlags>,
-    rewritten: &'static str,
+    without_rule: &'static str,
 ) -> event::Nat {
     let all = |ids: &[RuleId]| ids.iter().filter_map(|id| rule(snapshot, *id)).collect();
     let one = |id: Option<RuleId>| id.and_then(|id| rule(snapshot, id));
     let named = one(finding.rule);
     event::Nat {
         random_fully: match (observed, &named, finding.random_fully) {
-            (Some(flags), _, _) => flags.level(),
             (None, Some(_), true) => "rule",
             (None, Some(_), false) => "no",
-            (None, None, _) => rewritten,
+            (Some(_), _, _) | (None, None, _) => without_rule,
         },
         range_flags: observed.map(RangeFlags::names),
         backend: named.as_ref().map(|named| named.backend),
@@ -244,6 +321,7 @@ fn section(
         position: named.as_ref().map(|named| named.position),
         handle: named.as_ref().and_then(|named| named.handle),
         rule: named.map(|named| named.rule),
+        changing: false,
         reason: finding.reason.clone(),
         mark: (finding.bits != 0).then(|| format!("{:#x}", finding.bits)),
         why: finding.why.map(explain::Why::name),

@@ -49,6 +49,14 @@ pub enum Error {
         /// What is wrong with it.
         detail: String,
     },
+    /// What was asked for changed each time before all of it was there.
+    #[error("cannot {request}: it changed during each of {attempts} attempts")]
+    Unsteady {
+        /// The request as an infinitive: "list links".
+        request: String,
+        /// How often it was tried.
+        attempts: u32,
+    },
 }
 
 impl Error {
@@ -57,7 +65,7 @@ impl Error {
         match self {
             Self::Refused { errno, .. } => Some(*errno),
             Self::Open { source, .. } | Self::Transfer { source, .. } => source.raw_os_error().map(Errno::from_raw),
-            Self::Timeout { .. } | Self::Malformed { .. } => None,
+            Self::Timeout { .. } | Self::Malformed { .. } | Self::Unsteady { .. } => None,
         }
     }
 

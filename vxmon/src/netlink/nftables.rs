@@ -25,10 +25,13 @@ const NFGENMSG: usize = 4;
 
 /// Messages, include/uapi/linux/netfilter/nf_tables.h (enum nf_tables_msg_types).
 mod message {
+    pub(super) const NEW_CHAIN: u8 = 3;
     pub(super) const GET_CHAIN: u8 = 4;
+    pub(super) const DELETE_CHAIN: u8 = 5;
     pub(super) const GET_RULE: u8 = 7;
     pub(super) const GET_SET: u8 = 10;
     pub(super) const GET_ELEMENTS: u8 = 13;
+    pub(super) const NEW_GENERATION: u8 = 15;
     pub(super) const GET_GENERATION: u8 = 16;
 }
 
@@ -351,6 +354,43 @@ fn decode_element(value: Value<'_>) -> Option<Element> {
     Some(Element { key, key_end, ends_interval: flags & 1 != 0, data })
 }
 
+/// A change of the ruleset, as the multicast group tells it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Of a table, or of something in it.
+    Table {
+        /// `NFPROTO_*` of the table.
+        family: u8,
+        /// Its name.
+        name: String,
+        /// Where a chain is hooked in, if it is that which is new or changed.
+        hook: Option<u32>,
+    },
+    /// Of what, is not known.
+    Unknown,
+}
+
+/// What a message of the group tells; none if it only ends what was told before (`NFT_MSG_NEWGEN`).
+pub(super) fn decode_change(reply: Reply<'_>) -> Option<Change> {
+    let Some((message, family)) = kind(&reply) else { return Some(Change::Unknown) };
+    if message == message::NEW_GENERATION {
+        return None;
+    }
+    let (mut table, mut hook) = (None, None);
+    for (kind, value) in attributes_after(NFGENMSG, reply.payload) {
+        match kind {
+            // NFTA_TABLE_NAME, NFTA_CHAIN_TABLE and so on are the first of their messages all.
+            nfta::RULE_TABLE => table = Some(value.text()),
+            nfta::CHAIN_HOOK if matches!(message, message::NEW_CHAIN | message::DELETE_CHAIN) => {
+                let find = |wanted| value.nested().find_map(|(kind, value)| (kind == wanted).then(|| value.u32_be()));
+                hook = find(nfta::HOOK_NUMBER).flatten();
+            }
+            _ => {}
+        }
+    }
+    Some(table.map_or(Change::Unknown, |name| Change::Table { family, name, hook }))
+}
+
 /// Number of the multicast group that tells of changes (`NFNLGRP_NFTABLES`, include/uapi/linux/netfilter/nfnetlink.h).
 pub const GROUP: u32 = 7;
 
@@ -365,7 +405,7 @@ mod tests {
         #[test]
         fn garbage_is_left_out(kind in 0_u16..0x0a20, bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
             let reply = || Reply { kind, payload: &bytes };
-            let _ = (decode_chain(reply()), decode_set(reply()), decode_elements(&reply()));
+            let _ = (decode_chain(reply()), decode_set(reply()), decode_elements(&reply()), decode_change(reply()));
             if let Some(rule) = decode_rule(reply()) {
                 let _ = (rule.named(&["meta", "immediate"]).count(), rule.decode());
             }

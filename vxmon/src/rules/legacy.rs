@@ -115,7 +115,17 @@ pub fn read(keep: Keep) -> (Vec<Table>, Vec<Seen>, Vec<Error>) {
     (tables, seen, errors)
 }
 
-/// Gives back what reading took: a table of ten thousand rules comes as one block of megabytes, which the allocator would keep.
+/// Has the allocator give large blocks back as soon as they are free: a table of ten thousand rules comes as one block of
+/// megabytes. Left alone, it would learn from the first one to keep the next (mallopt(3), `M_MMAP_THRESHOLD`).
+pub fn keep_no_large_blocks() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it sets a number under the allocator's own lock.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
+    }
+}
+
+/// Gives back what reading took in small pieces.
 pub fn release_memory() {
     #[cfg(target_env = "gnu")]
     // SAFETY: it takes the allocator's own locks, and touches only memory that is free.
@@ -302,7 +312,7 @@ fn parse(family: Family, name: &str, info: &Info, blob: &[u8], keep: Keep) -> Re
     let mut parser = Parser::new(family, name, info, blob).map_err(malformed)?;
     let mut others = Others::new(&parser.table);
     let mut postrouting = Vec::new();
-    if keep == Keep::WhatMatters {
+    if keep != Keep::All {
         parser.jumps(&mut others);
         postrouting = others.reached_from(&parser.table, reach::is_postrouting);
     }
@@ -310,8 +320,8 @@ fn parse(family: Family, name: &str, info: &Info, blob: &[u8], keep: Keep) -> Re
         let position = others.next(place.chain);
         if keep == Keep::All || postrouting.get(place.chain) == Some(&true) {
             Some(rule(position))
-        } else if place.target == "MARK" {
-            others.mark(place.chain, rule(position));
+        } else if keep == Keep::WhatMatters && place.target == "MARK" {
+            others.mark(place.chain, Some(rule(position)));
             None
         } else {
             None
@@ -320,7 +330,7 @@ fn parse(family: Family, name: &str, info: &Info, blob: &[u8], keep: Keep) -> Re
     let mut table = parser.table;
     match keep {
         Keep::All => note_reached(&mut table),
-        Keep::WhatMatters => others.finish(&mut table),
+        Keep::WhatMatters | Keep::Postrouting => others.finish(&mut table),
     }
     Ok(table)
 }

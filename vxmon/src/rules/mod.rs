@@ -8,7 +8,7 @@
 //! matching     the rule that a packet reaches: yes, no, cannot tell
 //! explain      from that to a finding: the rule, its mark, who set it, why nobody cleared it
 //! render       rules as one would type them
-//! watch        a thread that reads, and reads again when something changed
+//! watch        threads that read, and read again when something changed
 //! ```
 //! It changes nothing, it creates no table, and it never runs on the thread that handles events but for looking things up.
 
@@ -29,4 +29,4 @@ pub use matching::{Device, Packet, World};
 pub use model::{Backend, RuleId, Ruleset};
 pub use reach::Keep;
 pub use snapshot::Snapshot;
-pub use watch::Rules;
+pub use watch::{Now, Reading, Rules};

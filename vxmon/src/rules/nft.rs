@@ -23,7 +23,7 @@ const fn family(number: u8) -> Option<Family> {
     }
 }
 
-const fn family_number(family: Family) -> u8 {
+pub(super) const fn family_number(family: Family) -> u8 {
     match family {
         Family::Inet => 1,
         Family::Ip => 2,

@@ -1,6 +1,6 @@
 //! Which chains can be reached from which, and what a table is without the others. It reads nothing, and follows no packet.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use super::model::{Act, Base, Hook, Part, Rule, Table, Test, Verdict, Way};
 
@@ -10,6 +10,8 @@ pub enum Keep {
     /// What can matter to a packet that leaves: the chains that POSTROUTING can reach, and of the others the rules that set
     /// marks. A node has tens of these among its thousands.
     WhatMatters,
+    /// Only the chains that POSTROUTING can reach.
+    Postrouting,
     /// Everything.
     All,
 }
@@ -107,9 +109,14 @@ impl Others {
         }
     }
 
-    /// It sets the mark.
-    pub(super) fn mark(&mut self, chain: usize, rule: Rule) {
-        self.marks.push((chain, rule));
+    /// It sets the mark, if it is one.
+    pub(super) fn mark(&mut self, chain: usize, rule: Option<Rule>) {
+        self.marks.extend(rule.map(|rule| (chain, rule)));
+    }
+
+    /// Forgets the rules that set marks; the chains that had them.
+    pub(super) fn take_marked(&mut self) -> BTreeSet<usize> {
+        std::mem::take(&mut self.marks).into_iter().map(|(chain, _)| chain).collect()
     }
 
     /// Puts the rules that set marks into the table, if they can be reached, and leaves out all chains that do not matter.
@@ -155,7 +162,7 @@ impl Others {
 }
 
 /// Leaves out chains that POSTROUTING cannot reach and that have no rules, and sets that no rule asks.
-fn prune(table: &mut Table) {
+pub(super) fn prune(table: &mut Table) {
     let postrouting: HashSet<usize> = reachable(table, false, is_postrouting).into_iter().collect();
     let mut index = 0;
     table.chains.retain(|chain| {

@@ -6,11 +6,11 @@ use super::{
     ipset::{Element, IpSet, IpSets},
     legacy,
     matching::World,
-    model::{Act, Change, Op, Part, Rule, RuleId, Ruleset, Source, Table, Test},
+    model::{Act, Backend, Change as Operation, Hook, Op, Part, Rule, RuleId, Ruleset, Source, Table, Test},
     nft,
     reach::{Keep, is_postrouting, note_reached, reachable},
 };
-use crate::netlink::{Error, Protocol, Socket, address, ipset as wire, link};
+use crate::netlink::{Error, Protocol, Socket, address, ipset as wire, link, ruleset::Change};
 
 /// Elements of one set of ipset that are kept.
 const LARGEST_SET: usize = 1 << 16;
@@ -72,28 +72,54 @@ impl Snapshot {
     #[must_use]
     pub fn read_keeping(keep: Keep) -> Self {
         let mut snapshot = Self::default();
+        snapshot.read_legacy(keep);
+        snapshot.read_the_rest(keep);
+        snapshot
+    }
+
+    /// Reads the chains that POSTROUTING leads to. Tables of iptables-legacy that look as they did when `last` was read are
+    /// taken from there: they can be had only as a whole.
+    #[must_use]
+    pub fn glimpse(last: Option<&Self>) -> Self {
+        let mut snapshot = Self::default();
+        match last.filter(|last| legacy::looks_the_same(&last.legacy)) {
+            Some(last) => {
+                let tables = last.ruleset.tables.iter().filter(|table| table.backend == Backend::IptablesLegacy);
+                snapshot.ruleset.tables = tables.cloned().collect();
+                snapshot.legacy.clone_from(&last.legacy);
+            }
+            None => snapshot.read_legacy(Keep::Postrouting),
+        }
+        snapshot.read_the_rest(Keep::Postrouting);
+        snapshot
+    }
+
+    fn read_legacy(&mut self, keep: Keep) {
         let (tables, seen, errors) = legacy::read(keep);
-        snapshot.legacy = seen;
-        snapshot.ruleset.tables = tables;
-        snapshot.ruleset.unread.extend(errors.iter().map(ToString::to_string));
+        self.legacy = seen;
+        self.ruleset.tables = tables;
+        self.ruleset.unread.extend(errors.iter().map(ToString::to_string));
+    }
+
+    /// Reads everything but iptables-legacy.
+    fn read_the_rest(&mut self, keep: Keep) {
         match Socket::open(Protocol::Netfilter) {
             Ok(mut socket) => {
                 match nft::read(&mut socket, keep) {
                     Ok((tables, generation)) => {
-                        snapshot.ruleset.tables.extend(tables);
-                        snapshot.generation = generation;
+                        self.ruleset.tables.extend(tables);
+                        self.generation = generation;
                     }
-                    Err(error) => snapshot.ruleset.unread.push(error.to_string()),
+                    Err(error) => self.ruleset.unread.push(error.to_string()),
                 }
-                snapshot.read_ip_sets(&mut socket);
+                self.read_ip_sets(&mut socket);
             }
-            Err(error) => snapshot.ruleset.unread.push(error.to_string()),
+            Err(error) => self.ruleset.unread.push(error.to_string()),
         }
-        if let Err(error) = snapshot.read_devices() {
+        if let Err(error) = self.read_devices() {
             log::warn!("rules: {error}");
         }
-        snapshot.index();
-        snapshot
+        self.index();
     }
 
     /// The same for rules that were made by hand.
@@ -103,6 +129,22 @@ impl Snapshot {
         snapshot.ruleset.tables.iter_mut().for_each(note_reached);
         snapshot.index();
         snapshot
+    }
+
+    /// Whether a change concerns what translates packets that leave. One of which that is not known does.
+    #[must_use]
+    pub fn is_concerned(&self, change: &Change) -> bool {
+        let Change::Table { family, name, hook } = change else { return true };
+        if !self.ruleset.unread.is_empty() {
+            return true;
+        }
+        let is_here = |table: &Table| {
+            nft::family_number(table.family) == *family
+                && table.backend != Backend::IptablesLegacy
+                && *table.name == **name
+                && table.chains.iter().any(|chain| chain.base.as_ref().is_some_and(is_postrouting))
+        };
+        hook.is_some_and(|hook| Hook::from(hook) == Hook::Postrouting) || self.ruleset.tables.iter().any(is_here)
     }
 
     fn read_devices(&mut self) -> Result<(), Error> {
@@ -207,7 +249,7 @@ pub(super) fn mark_asked(test: &Test) -> Option<(u32, u32)> {
         Test::Mark { connection: false, value, mask, .. } => Some((*value, *mask)),
         Test::Compare { value, op: Op::Eq | Op::Ne, with } if value.source == Source::Mark => match &*value.changes {
             [] => Some((word(with)?, u32::MAX)),
-            [Change::Bits { and, xor }] => Some((word(with)? ^ word(xor)?, word(and)?)),
+            [Operation::Bits { and, xor }] => Some((word(with)? ^ word(xor)?, word(and)?)),
             _ => None,
         },
         _ => None,

@@ -1,14 +1,18 @@
-//! A thread that reads the rules at the start, and again when they changed. Who handles events takes what was read last, and
-//! never waits for it but at the start.
+//! Threads that read the rules at the start, and again when they changed. Who handles events takes what was read last, and
+//! never waits for it.
 //!
 //! nftables tells of changes. xtables does not: its tables are looked at when an anomaly comes, by name and size at once,
 //! rule by rule at most once a second.
+//!
+//! While rules change without pause, what was read last is never what is there now. Then a packet that left meanwhile can be
+//! put between two readings: one that had ended when it left, and one that began after that. The second is a glimpse, made
+//! when it is asked for: only the chains that POSTROUTING leads to, which takes a fraction of the time, on a thread of its own.
 
 use std::{
     io::{Read as _, Write as _},
     os::{fd::AsFd as _, unix::net::UnixStream},
     sync::{
-        Arc, Condvar, Mutex, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -16,9 +20,11 @@ use std::{
 };
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use tokio::sync::Notify;
 
 use super::{legacy, snapshot::Snapshot};
 use crate::{
+    clock::monotonic,
     netlink::{Protocol, Socket, nftables, ruleset::News},
     sandbox::{self, Capability},
 };
@@ -28,10 +34,55 @@ const SETTLE: Duration = Duration::from_millis(10);
 /// The least time between two readings, and how many times as long as the last one took.
 const PAUSE: Duration = Duration::from_millis(50);
 const PAUSE_FACTOR: u32 = 4;
+/// The same after changes that concern no packet that leaves: they may be of rules that set marks.
+const REST: Duration = Duration::from_secs(1);
+const REST_FACTOR: u32 = 100;
+/// The same for glimpses, for which somebody waits.
+const GLIMPSE_PAUSE_FACTOR: u32 = 2;
 /// The least time between two looks at all that the kernel does not tell of.
 const LOOK: Duration = Duration::from_secs(1);
 /// The least time between two looks at the sizes of xtables' tables.
 const GLANCE: Duration = Duration::from_millis(20);
+
+/// The rules as they were at some moment between two times of CLOCK_MONOTONIC (ns).
+#[derive(Debug)]
+pub struct Reading {
+    /// The rules.
+    pub snapshot: Snapshot,
+    begun: u64,
+    ended: u64,
+}
+
+impl Reading {
+    fn take(read: impl FnOnce() -> Snapshot) -> Self {
+        let begun = monotonic().unwrap_or(u64::MAX);
+        let snapshot = read();
+        let ended = monotonic().unwrap_or(u64::MAX);
+        legacy::release_memory();
+        Self { snapshot, begun, ended }
+    }
+
+    /// Whether it had begun by then.
+    #[must_use]
+    pub const fn had_begun(&self, at: u64) -> bool {
+        self.begun <= at
+    }
+
+    /// Whether it had ended by then.
+    #[must_use]
+    pub const fn had_ended(&self, at: u64) -> bool {
+        self.ended <= at
+    }
+}
+
+/// What is known of the rules as they are now.
+#[derive(Clone, Debug)]
+pub enum Now {
+    /// As they were read: nothing has changed since that began.
+    Still(Arc<Reading>),
+    /// They have changed since the last reading, if there was one.
+    Changed(Option<Arc<Reading>>),
+}
 
 /// The rules, read in the background.
 #[derive(Debug)]
@@ -41,157 +92,276 @@ pub struct Rules {
     glanced: Option<Instant>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
-    current: Mutex<Option<Arc<Snapshot>>>,
-    read: Condvar,
+    last: Mutex<Option<Arc<Reading>>>,
     /// Something changed that was not read yet.
     stale: AtomicBool,
+    glimpses: Mutex<Glimpses>,
+    asked: Condvar,
+    /// Told of each reading and glimpse.
+    news: Arc<Notify>,
 }
 
-impl Shared {
-    fn set(&self, snapshot: Snapshot) {
-        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(snapshot));
-        self.read.notify_all();
-    }
+#[derive(Debug, Default)]
+struct Glimpses {
+    last: Option<Arc<Reading>>,
+    wanted: bool,
+    ended: bool,
+}
 
-    fn get(&self) -> Option<Arc<Snapshot>> {
-        self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Rules {
-    /// Starts the thread, in the network namespace of the calling one.
+    /// Starts the threads, in the network namespace of the calling one; they read nothing before [`Rules::begin`].
     ///
     /// # Errors
     /// What the system said to a thread or a pair of sockets.
     pub fn start() -> std::io::Result<Self> {
+        legacy::keep_no_large_blocks();
         let (wake, waken) = UnixStream::pair()?;
         wake.set_nonblocking(true)?;
         waken.set_nonblocking(true)?;
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared {
+            last: Mutex::default(),
+            stale: AtomicBool::new(true),
+            glimpses: Mutex::default(),
+            asked: Condvar::new(),
+            news: Arc::default(),
+        });
         let other = Arc::clone(&shared);
-        thread::Builder::new().name("vxmon-rules".to_owned()).spawn(move || {
-            // Reading rules needs no more, whatever the rest of the daemon needs.
-            if let Err(error) = sandbox::enter(&[Capability::CAP_NET_ADMIN], None) {
-                log::warn!("the thread that reads the rules: {error}");
-            }
-            Reader::new(other, waken).run();
-        })?;
+        reading_thread("vxmon-rules", move || Reader::new(other, waken).run())?;
+        let other = Arc::clone(&shared);
+        reading_thread("vxmon-glimpse", move || other.glimpse())?;
         Ok(Self { shared, wake, glanced: None })
     }
 
-    /// Waits until the rules were read for the first time, at most so long.
-    pub fn wait(&self, limit: Duration) {
-        let guard = self.shared.current.lock().unwrap_or_else(PoisonError::into_inner);
-        let _ = self.shared.read.wait_timeout_while(guard, limit, |current| current.is_none());
+    /// Begins to read.
+    pub fn begin(&self) {
+        self.wake();
+    }
+
+    fn wake(&self) {
+        // A full pipe has been heard already.
+        let _ = (&self.wake).write(&[0]);
     }
 
     /// The rules as they are now, for an anomaly of a new connection.
-    ///
-    /// # Errors
-    /// In words, if they are being read.
-    pub fn current(&mut self) -> Result<Arc<Snapshot>, &'static str> {
-        let current = self.shared.get().ok_or("the rules are being read")?;
+    pub fn now(&mut self) -> Now {
+        let Some(last) = lock(&self.shared.last).clone() else { return Now::Changed(None) };
         if self.glanced.is_none_or(|glanced| glanced.elapsed() >= GLANCE) {
             self.glanced = Some(Instant::now());
-            if !legacy::looks_the_same(&current.legacy) {
+            if !legacy::looks_the_same(&last.snapshot.legacy) {
                 self.shared.stale.store(true, Ordering::Relaxed);
             }
-            // A full pipe has been heard already.
-            let _ = (&self.wake).write(&[0]);
+            self.wake();
         }
-        if self.shared.stale.load(Ordering::Relaxed) {
-            return Err("the rules changed a moment ago and are being read again");
-        }
-        Ok(current)
+        if self.shared.stale.load(Ordering::Relaxed) { Now::Changed(Some(last)) } else { Now::Still(last) }
+    }
+
+    /// Asks for a glimpse that begins after this.
+    pub fn ask(&self) {
+        lock(&self.shared.glimpses).wanted = true;
+        self.shared.asked.notify_one();
+    }
+
+    /// A glimpse, or a reading, that had not begun by then (CLOCK_MONOTONIC, ns).
+    #[must_use]
+    pub fn since(&self, at: u64) -> Option<Arc<Reading>> {
+        let glimpse = lock(&self.shared.glimpses).last.clone();
+        glimpse.into_iter().chain(lock(&self.shared.last).clone()).find(|reading| !reading.had_begun(at))
+    }
+
+    /// Is told when there is another reading or glimpse.
+    #[must_use]
+    pub fn news(&self) -> Arc<Notify> {
+        Arc::clone(&self.shared.news)
     }
 }
 
-/// The thread.
+impl Drop for Rules {
+    fn drop(&mut self) {
+        lock(&self.shared.glimpses).ended = true;
+        self.shared.asked.notify_one();
+    }
+}
+
+/// Starts a thread that can do no more than read rules, whatever the rest of the daemon needs.
+fn reading_thread(name: &'static str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+    let limited = move || {
+        if let Err(error) = sandbox::enter(&[Capability::CAP_NET_ADMIN], None) {
+            log::warn!("the thread {name}: {error}");
+        }
+        run();
+    };
+    thread::Builder::new().name(name.to_owned()).spawn(limited).map(drop)
+}
+
+impl Shared {
+    /// Takes glimpses when asked, until the other end is dropped.
+    fn glimpse(&self) {
+        loop {
+            let mut glimpses = lock(&self.glimpses);
+            while !glimpses.wanted && !glimpses.ended {
+                glimpses = self.asked.wait(glimpses).unwrap_or_else(PoisonError::into_inner);
+            }
+            if glimpses.ended {
+                return;
+            }
+            glimpses.wanted = false;
+            drop(glimpses);
+            let begin = Instant::now();
+            let last = lock(&self.last).clone();
+            let reading = Reading::take(|| Snapshot::glimpse(last.as_ref().map(|last| &last.snapshot)));
+            log::debug!("rules: a glimpse, in {:.1} ms", begin.elapsed().as_secs_f64() * 1e3);
+            let pause = begin.elapsed() * GLIMPSE_PAUSE_FACTOR;
+            lock(&self.glimpses).last = Some(Arc::new(reading));
+            self.news.notify_one();
+            thread::sleep(pause);
+        }
+    }
+}
+
+/// The thread that reads everything.
 struct Reader {
     shared: Arc<Shared>,
     waken: UnixStream,
     news: Option<News>,
     looked: Instant,
-    pause: Duration,
+    /// How long the last reading took.
+    took: Duration,
+    /// When to read again though nothing changed that concerns packets which leave.
+    again: Option<Instant>,
+}
+
+/// What the thread has waited for.
+enum Waited {
+    /// There is something to read.
+    Changed,
+    /// Nothing yet.
+    Quiet,
+    /// The other end was dropped.
+    Ended,
 }
 
 impl Reader {
     fn new(shared: Arc<Shared>, waken: UnixStream) -> Self {
         // Before the first reading, so that no change falls between.
         let news = News::open().map_err(|error| log::warn!("rules: changes of nftables are not told: {error}")).ok();
-        Self { shared, waken, news, looked: Instant::now(), pause: PAUSE }
+        Self { shared, waken, news, looked: Instant::now(), took: Duration::ZERO, again: None }
     }
 
     /// Until the other end is dropped.
     fn run(mut self) {
+        // The start of the daemon is over when the other end says so.
+        let _ = poll(&mut [PollFd::new(self.waken.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE);
         loop {
             self.read();
-            while !self.shared.stale.load(Ordering::Relaxed) {
-                if !self.wait() {
-                    return;
+            loop {
+                match self.wait() {
+                    Waited::Changed => break,
+                    Waited::Quiet => {}
+                    Waited::Ended => return,
                 }
             }
-            thread::sleep(SETTLE.max(self.pause));
+            thread::sleep(SETTLE.max(PAUSE).max(self.took * PAUSE_FACTOR));
         }
     }
 
     fn read(&mut self) {
         let begin = Instant::now();
-        // What changes from here on counts as not read.
+        // Until it is over nobody notices changes.
+        self.shared.stale.store(true, Ordering::Relaxed);
         if let Some(news) = &mut self.news {
-            news.take();
+            news.take(drop);
         }
-        self.shared.stale.store(false, Ordering::Relaxed);
-        let snapshot = Snapshot::read();
+        self.again = None;
+        let reading = Arc::new(Reading::take(Snapshot::read));
         log::debug!(
             "rules: {} tables read in {:.1} ms",
-            snapshot.ruleset.tables.len(),
+            reading.snapshot.ruleset.tables.len(),
             begin.elapsed().as_secs_f64() * 1e3
         );
-        self.shared.set(snapshot);
-        legacy::release_memory();
+        self.took = begin.elapsed();
+        let is_stale = self.take_news(&reading.snapshot);
+        {
+            let mut last = lock(&self.shared.last);
+            *last = Some(reading);
+            self.shared.stale.store(is_stale, Ordering::Relaxed);
+        }
+        self.shared.news.notify_one();
         self.looked = Instant::now();
-        self.pause = PAUSE.max(begin.elapsed() * PAUSE_FACTOR);
     }
 
-    /// Waits for news; false at the end.
-    fn wait(&mut self) -> bool {
+    /// Takes all news; whether something changed that concerns packets which leave.
+    fn take_news(&mut self, snapshot: &Snapshot) -> bool {
+        let (mut any, mut concerned) = (false, false);
+        if let Some(news) = &mut self.news {
+            news.take(|change| {
+                any = true;
+                concerned |= snapshot.is_concerned(&change);
+            });
+        }
+        if any && self.again.is_none() {
+            self.again = Some(Instant::now() + REST.max(self.took * REST_FACTOR));
+        }
+        concerned
+    }
+
+    /// Waits for news.
+    fn wait(&mut self) -> Waited {
+        if self.shared.stale.load(Ordering::Relaxed) {
+            return Waited::Changed;
+        }
+        let left = self.again.map(|again| again.saturating_duration_since(Instant::now()));
+        if left == Some(Duration::ZERO) {
+            return Waited::Changed;
+        }
+        // A millisecond more, so as not to wake too early.
+        let timeout = left.map_or(PollTimeout::NONE, |left| {
+            PollTimeout::try_from(left.as_millis().saturating_add(1)).unwrap_or(PollTimeout::MAX)
+        });
         let (told, woken) = {
             let mut waits = vec![PollFd::new(self.waken.as_fd(), PollFlags::POLLIN)];
             waits.extend(self.news.as_ref().map(|news| PollFd::new(news.as_fd(), PollFlags::POLLIN)));
-            if poll(&mut waits, PollTimeout::NONE).is_err() {
-                return true;
+            if poll(&mut waits, timeout).is_err() {
+                return Waited::Quiet;
             }
             let ready = |index: usize| waits.get(index).and_then(PollFd::any).unwrap_or(false);
             (ready(1), ready(0))
         };
-        if told && self.news.as_mut().is_some_and(News::take) {
-            self.shared.stale.store(true, Ordering::Relaxed);
+        if told {
+            let last = lock(&self.shared.last).clone();
+            if last.is_none_or(|last| self.take_news(&last.snapshot)) {
+                self.shared.stale.store(true, Ordering::Relaxed);
+            }
         }
         if woken {
             let mut bytes = [0; 64];
             if matches!(self.waken.read(&mut bytes), Ok(0)) {
-                return false;
+                return Waited::Ended;
             }
             if self.looked.elapsed() >= LOOK {
                 self.look();
             }
         }
-        true
+        Waited::Quiet
     }
 
     /// Looks at what the kernel does not tell of: xtables rule by rule, and the generation where news cannot be had.
     fn look(&mut self) {
         self.looked = Instant::now();
-        let Some(current) = self.shared.get() else { return };
-        let untold = self.news.is_none() && generation() != current.generation;
+        let Some(last) = lock(&self.shared.last).clone() else { return };
+        let last = &last.snapshot;
+        let untold = self.news.is_none() && generation() != last.generation;
         // Sets of ipset and addresses change without a word.
-        let depends = !current.world.sets.0.is_empty();
-        if untold || depends || !legacy::is_the_same(&current.legacy) {
+        let depends = !last.world.sets.0.is_empty();
+        if untold || depends || !legacy::is_the_same(&last.legacy) {
             self.shared.stale.store(true, Ordering::Relaxed);
         }
+        legacy::release_memory();
     }
 }
 

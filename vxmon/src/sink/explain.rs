@@ -187,7 +187,12 @@ fn rule(nat: &Nat) -> Option<Part> {
             _ => backend.to_owned(),
         };
         let evidence = if evidence.is_empty() { String::new() } else { format!("; {evidence}") };
-        return Some(part("rule", format!("`{rule}` ({place}){evidence}")));
+        let changing = if nat.changing {
+            "; rules were being changed when the packet left, but this one was there before as well as after"
+        } else {
+            ""
+        };
+        return Some(part("rule", format!("`{rule}` ({place}){evidence}{changing}")));
     }
     let seen = match (nat.random_fully, &nat.range_flags) {
         ("observed", _) => "; the kernel was seen to choose the port by random-fully",
@@ -196,7 +201,9 @@ fn rule(nat: &Nat) -> Option<Part> {
     };
     if !nat.candidates.is_empty() {
         let rules: Vec<String> = nat.candidates.iter().map(rule_text).collect();
-        return Some(part("rule", format!("one of these, it cannot be told which: {}{seen}", rules.join("; "))));
+        let reason = nat.reason.as_deref().unwrap_or("it cannot be told which");
+        let candidates = if rules.len() == 1 { "candidate" } else { "candidates" };
+        return Some(part("rule", format!("not certain: {reason}; {candidates}: {}{seen}", rules.join(", or "))));
     }
     nat.reason.as_ref().map(|reason| part("rule", format!("not known: {reason}{seen}")))
 }

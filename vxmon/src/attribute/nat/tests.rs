@@ -45,14 +45,14 @@ fn ct() -> Ct {
 
 fn seen<'a>(ct: &'a Ct, rewrite: (&'a Tuple, &'a Endpoints), observed: Option<u32>) -> Seen<'a> {
     let observed = observed.map(RangeFlags);
-    Seen { ct, observed, rewrite: Some(rewrite), inner: None, device: "uplink", ifindex: 2, mark: Some(0) }
+    Seen { ct, observed, rewrite: Some(rewrite), inner: None, device: "uplink", ifindex: 2, mark: Some(0), at: 7 }
 }
 
 /// What is said of a connection under these rules that got another port, its NAT seen to be set up by these flags.
 fn said(rules_flags: &[u32], observed: Option<u32>) -> event::Nat {
     let (ct, before, after) = (ct(), before(), after(33246));
     let seen = seen(&ct, (&before, &after), observed);
-    decide(Ok(&rules(rules_flags)), &seen, seen.observed, &before, &after).0
+    decide(&rules(rules_flags), &seen, &before, &after)
 }
 
 #[test]
@@ -92,9 +92,7 @@ fn what_was_seen_tells_rules_apart() {
 
 #[test]
 fn without_rules_what_was_seen_is_still_said() {
-    let (ct, before, after) = (ct(), before(), after(33246));
-    let seen = seen(&ct, (&before, &after), None);
-    let say = |observed: Option<u32>| decide(Err(&"later"), &seen, observed.map(RangeFlags), &before, &after).0;
+    let say = |observed: Option<u32>| bare(observed.map(RangeFlags), &before(), &after(33246), "later");
     assert_eq!(say(None).random_fully, "port-rewritten");
     assert_eq!((say(Some(MAP_IPS)).random_fully, say(Some(RANDOM_FULLY)).random_fully), ("no", "observed"));
     assert_eq!(say(Some(RANDOM_FULLY)).reason.as_deref(), Some("later"));
@@ -104,7 +102,7 @@ fn without_rules_what_was_seen_is_still_said() {
 fn later_packets_of_the_connection_keep_what_was_seen_of_it() {
     let (ct, before, first) = (ct(), before(), after(33246));
     let mut lookup = Lookup::default();
-    let mut find = |after: &Endpoints, observed| lookup.find(&seen(&ct, (&before, after), observed)).random_fully;
+    let mut find = |after: &Endpoints, observed| lookup.find(&seen(&ct, (&before, after), observed)).0.random_fully;
     assert_eq!(find(&first, Some(RANDOM_FULLY)), "observed");
     // The note has given way to others meanwhile.
     assert_eq!(find(&first, None), "observed");
@@ -118,7 +116,7 @@ fn later_packets_of_the_connection_keep_what_was_seen_of_it() {
 fn what_was_not_rewritten_needs_no_evidence() {
     let ct = Ct { status: vec!["confirmed"], ..ct() };
     let (before, after) = (before(), after(33246));
-    let nat = Lookup::default().find(&seen(&ct, (&before, &after), Some(RANDOM_FULLY)));
+    let (nat, _) = Lookup::default().find(&seen(&ct, (&before, &after), Some(RANDOM_FULLY)));
     assert_eq!((nat.random_fully, nat.range_flags), ("no", None));
 }
 
@@ -126,4 +124,55 @@ fn what_was_not_rewritten_needs_no_evidence() {
 fn all_flags_have_names() {
     assert_eq!(RangeFlags(0x7f).names(), RangeFlags::NAMES);
     assert_eq!(RangeFlags(0xffff_ff80).names(), Vec::<&str>::new());
+}
+
+/// What is said between a reading with rules of these flags and one with rules of those.
+fn said_between(earlier: Option<&[u32]>, later: &[u32]) -> event::Nat {
+    let bare = bare(None, &before(), &after(33246), "");
+    between::between(earlier.map(|flags| said(flags, None)), said(later, None), &bare)
+}
+
+#[test]
+fn a_rule_that_is_there_before_and_after_is_named() {
+    let nat = said_between(Some(&[RANDOM_FULLY]), &[RANDOM_FULLY]);
+    assert_eq!((nat.random_fully, nat.rule.as_deref(), nat.changing), ("rule", Some("masquerade fully-random"), true));
+    assert_eq!((nat.handle, nat.position, nat.reason), (Some(7), Some(1), None));
+}
+
+#[test]
+fn a_rule_that_was_written_anew_has_no_handle() {
+    let first = said(&[RANDOM_FULLY], None);
+    let second = event::Nat { handle: Some(8), position: Some(2), ..first.clone() };
+    let nat = between::between(Some(first.clone()), second, &event::Nat::default());
+    assert_eq!((nat.rule, nat.handle, nat.position), (first.rule, None, None));
+}
+
+#[test]
+fn what_is_there_only_before_or_only_after_is_a_candidate() {
+    for (earlier, later, candidates) in [
+        (Some(&[RANDOM_FULLY][..]), &[RANDOM][..], 2),
+        (Some(&[RANDOM_FULLY]), &[], 1),
+        (Some(&[]), &[RANDOM_FULLY], 1),
+        (None, &[RANDOM_FULLY], 1),
+        (Some(&[RANDOM_FULLY]), &[RANDOM_FULLY, 0], 2),
+    ] {
+        let nat = said_between(earlier, later);
+        assert_eq!(
+            (nat.random_fully, &nat.rule, nat.changing),
+            ("port-rewritten", &None, false),
+            "{earlier:?} {later:?}"
+        );
+        assert_eq!(nat.candidates.len(), candidates, "{earlier:?} {later:?}: {nat:#?}");
+        assert!(nat.reason.is_some_and(|why| why.contains("the packet left")), "{earlier:?} {later:?}");
+    }
+}
+
+#[test]
+fn without_a_later_reading_nothing_is_named() {
+    let bare = bare(Some(RangeFlags(RANDOM_FULLY)), &before(), &after(33246), "");
+    let nat = between::unsettled(Some(&said(&[RANDOM_FULLY], None)), &bare);
+    assert_eq!((nat.random_fully, nat.rule, nat.candidates.len()), ("observed", None, 1));
+    let nat = between::unsettled(None, &bare);
+    assert_eq!((nat.random_fully, nat.rule, nat.candidates.len()), ("observed", None, 0));
+    assert!(nat.reason.is_some());
 }

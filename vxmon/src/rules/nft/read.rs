@@ -14,38 +14,49 @@ use crate::{
     },
     rules::{
         model::{Backend, Base, Element, Family, Hook, Kind, Rule, Set, Table},
-        reach::{Keep, Others, is_postrouting, note_reached, reachable, set_of, sets_mark},
+        reach::{Keep, Others, is_postrouting, note_reached, prune, reachable, set_of, sets_mark},
     },
 };
 
 /// Elements of one set that are read; a larger one counts as not read.
 const LARGEST_SET: usize = 1 << 16;
-/// How often the ruleset is read anew because it changed meanwhile; the last attempt counts as it is.
-const ATTEMPTS: u32 = 4;
-/// The same for the rules outside POSTROUTING.
+/// How often the ruleset is read anew because it changed meanwhile.
+const ATTEMPTS: u32 = 6;
+/// The same for the rules outside POSTROUTING. After the last attempt it is chain by chain that they are read.
 const ATTEMPTS_OTHERS: u32 = 2;
 
 /// The tables, and the generation that they are of; no generation if the kernel has no nftables.
 ///
 /// # Errors
-/// See [`wire::generation`].
+/// See [`wire::generation`]; [`Error::Unsteady`] if there was no moment at which POSTROUTING could be read.
 pub fn read(socket: &mut Socket, keep: Keep) -> Result<(Vec<Table>, Option<u32>), Error> {
-    let mut attempt = 1;
-    loop {
+    for _ in 0..ATTEMPTS {
         let Some(before) = wire::generation(socket)? else { return Ok((Vec::new(), None)) };
-        let mut tables = chains(socket)?;
-        for table in &mut tables {
-            read_rules(socket, table, keep)?;
+        let found = of_postrouting(socket, keep);
+        // Then an error says no more than the rest: a chain that is listed may be gone when its rules are asked for.
+        if wire::generation(socket)? != Some(before) {
+            continue;
         }
-        if wire::generation(socket)? == Some(before) || attempt == ATTEMPTS {
-            match keep {
-                Keep::All => tables.iter_mut().for_each(note_reached),
-                Keep::WhatMatters => others(socket, &mut tables)?,
-            }
-            return Ok((tables, Some(before)));
+        let mut tables = found?;
+        match keep {
+            Keep::All => tables.iter_mut().for_each(note_reached),
+            Keep::WhatMatters => others(socket, &mut tables)?,
+            Keep::Postrouting => tables.iter_mut().for_each(|table| {
+                note_reached(table);
+                prune(table);
+            }),
         }
-        attempt += 1;
+        return Ok((tables, Some(before)));
     }
+    Err(Error::Unsteady { request: "read the rules of nftables".to_owned(), attempts: ATTEMPTS })
+}
+
+fn of_postrouting(socket: &mut Socket, keep: Keep) -> Result<Vec<Table>, Error> {
+    let mut tables = chains(socket)?;
+    for table in &mut tables {
+        read_rules(socket, table, keep)?;
+    }
+    Ok(tables)
 }
 
 /// All tables with their chains and sets, but without rules and elements.
@@ -105,7 +116,7 @@ fn read_rules(socket: &mut Socket, table: &mut Table, keep: Keep) -> Result<(), 
     loop {
         let mut open = match keep {
             Keep::All => (0..table.chains.len()).collect(),
-            Keep::WhatMatters => reachable(table, false, is_postrouting),
+            Keep::WhatMatters | Keep::Postrouting => reachable(table, false, is_postrouting),
         };
         open.retain(|chain| read.insert(*chain));
         if open.is_empty() {
@@ -173,6 +184,9 @@ fn others(socket: &mut Socket, tables: &mut [Table]) -> Result<(), Error> {
         let mut passing = Passing::new(tables);
         let is_of_one_moment = wire::visit_rules(socket, |rule| passing.take(tables, rule))?;
         if is_of_one_moment || attempt == ATTEMPTS_OTHERS {
+            if !is_of_one_moment {
+                passing.read_again(socket, tables);
+            }
             for (table, others) in tables.iter_mut().zip(passing.others) {
                 others.finish(table);
             }
@@ -240,12 +254,34 @@ impl Passing {
             }
         }
         if may_set_mark {
-            let rule = Rule { position, ..model(table, rule.decode()) };
-            if sets_mark(&rule) {
-                others.mark(chain, rule);
+            others.mark(chain, marking(table, rule.decode(), position));
+        }
+    }
+
+    /// Reads the chains with rules that set marks once more, each by itself: of a dump that was interrupted by a change some
+    /// rules are missing, and some came twice, so that the positions are not right either.
+    fn read_again(&mut self, socket: &mut Socket, tables: &[Table]) {
+        for (table, others) in tables.iter().zip(&mut self.others) {
+            for chain in others.take_marked() {
+                let Some(name) = table.chains.get(chain).map(|chain| &*chain.name) else { continue };
+                match wire::chain_rules(socket, family_number(table.family), &table.name, name) {
+                    Ok(rules) => {
+                        for (position, rule) in (1..).zip(rules) {
+                            others.mark(chain, marking(table, rule, position));
+                        }
+                    }
+                    // It is gone.
+                    Err(error) => log::debug!("rules: {error}"),
+                }
             }
         }
     }
+}
+
+/// A rule, if it gives the mark a value that is in it.
+fn marking(table: &Table, rule: wire::Rule, position: u32) -> Option<Rule> {
+    let rule = Rule { position, ..model(table, rule) };
+    sets_mark(&rule).then_some(rule)
 }
 
 /// Elements in order, the ends of intervals put to their beginnings.

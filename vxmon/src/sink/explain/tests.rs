@@ -229,12 +229,27 @@ fn a_rule_without_a_mark_is_to_leave_vxlan_alone() {
 #[test]
 fn rules_that_cannot_be_told_apart_are_all_named() {
     let Some(Nat { set_by, .. }) = by_rule("unclear").nat else { unreachable!() };
-    let nat = Nat { random_fully: "port-rewritten", candidates: [set_by.clone(), set_by].concat(), ..Nat::default() };
+    let nat =
+        Nat { random_fully: "port-rewritten", candidates: [set_by.clone(), set_by.clone()].concat(), ..Nat::default() };
     let anomaly = Anomaly { nat: Some(nat), ..fault_b() };
-    says(&text_of(&anomaly, RELEASE, "rule"), &["it cannot be told which", "; `-A"]);
+    says(&text_of(&anomaly, RELEASE, "rule"), &["it cannot be told which; candidates: `-A", ", or `-A"]);
+    let reason = Some("the rules were being changed when the packet left".to_owned());
+    let nat = Nat { random_fully: "port-rewritten", reason, candidates: set_by, ..Nat::default() };
+    let anomaly = Anomaly { nat: Some(nat), ..fault_b() };
+    says(&text_of(&anomaly, RELEASE, "rule"), &["not certain: the rules were being changed", "; candidate: `-A"]);
     let nat = Nat { random_fully: "port-rewritten", reason: Some("the rules cannot be read".into()), ..Nat::default() };
     let anomaly = Anomaly { nat: Some(nat), ..fault_b() };
     says(&text_of(&anomaly, RELEASE, "rule"), &["not known: the rules cannot be read"]);
+}
+
+#[test]
+fn a_rule_named_while_rules_change_is_said_to_be_so() {
+    let changing = |changing| {
+        let nat = by_rule("mark-not-cleared").nat.map(|nat| Nat { changing, ..nat });
+        text_of(&Anomaly { nat, ..fault_b() }, RELEASE, "rule")
+    };
+    says(&changing(true), &["KUBE-POSTROUTING", "there before as well as after"]);
+    says_not(&changing(false), &["before as well as after"]);
 }
 
 #[test]
