@@ -80,6 +80,13 @@ impl<'a> Value<'a> {
     }
 }
 
+/// Bytes that a test has in hexadecimal.
+#[cfg(test)]
+pub(crate) fn golden(hex: &str) -> Vec<u8> {
+    let digits: Vec<u32> = hex.chars().filter_map(|digit| digit.to_digit(16)).collect();
+    digits.chunks_exact(2).map(|pair| u8::try_from(pair[0] << 4 | pair[1]).unwrap()).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -130,3 +130,80 @@ fn element(value: Value<'_>) -> Element {
     }
     found
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::{super::attribute::golden, *};
+
+    fn read(hex: &str) -> Set {
+        decode(Reply { kind: u16::from(SUBSYSTEM) << 8 | u16::from(LIST), payload: &golden(hex) }).unwrap()
+    }
+
+    /// What the kernel (6.18) answers to IPSET_CMD_LIST, protocol 7, after these commands.
+    #[test]
+    fn sets_are_those_of_ipset() {
+        // ipset create KUBE-CLUSTER-IP hash:ip,port; ipset add KUBE-CLUSTER-IP 10.96.0.10,tcp:9153
+        let set = read(
+            "020000000500010007000000140002004b5542452d434c55535445522d49500011000300686173683a69702c706f72740000\
+             00000500050002000000050004000700000006000b40000000003c0007800800124000000400080013400001000005001500\
+             0c00000008001140e96e1b84080019400000000008001a4000000108080018400000000124000880200007800c0001800800\
+             01000a60000a0600044023c100000500070006000000",
+        );
+        assert_eq!((set.index, &*set.name, &*set.kind), (Some(0), "KUBE-CLUSTER-IP", "hash:ip,port"));
+        let one = Element {
+            addresses: [Some([10, 96, 0, 10].into()), None],
+            protocol: Some(6),
+            port: Some(9153),
+            ..Element::default()
+        };
+        assert_eq!(set.elements, [one]);
+
+        // ipset create KUBE-LOOP-BACK hash:ip,port,ip; ipset add KUBE-LOOP-BACK 10.244.0.73,udp:53,10.244.0.73
+        let set = read(
+            "020000000500010007000000130002004b5542452d4c4f4f502d4241434b000014000300686173683a69702c706f72742c69\
+             70000500050002000000050004000600000006000b40000100003c0007800800124000000400080013400001000005001500\
+             0c000000080011409792e7d7080019400000000008001a40000001080800184000000001300008802c0007800c0001800800\
+             01000af400490c001480080001000af4004906000440003500000500070011000000",
+        );
+        assert_eq!((set.index, &*set.kind), (Some(1), "hash:ip,port,ip"));
+        let pod = Some([10, 244, 0, 73].into());
+        let one = Element { addresses: [pod, pod], protocol: Some(17), port: Some(53), ..Element::default() };
+        assert_eq!(set.elements, [one]);
+
+        // ipset create cali hash:net; ipset add cali 10.244.0.0/16; ipset add cali 10.244.7.0/24 nomatch
+        let set = read(
+            "0200000005000100070000000900020063616c69000000000d000300686173683a6e65740000000005000500020000000500\
+             04000700000006000b40000200003c00078008001240000004000800134000010000050015000c00000008001140ee95f176\
+             080019400000000008001a400000022808001840000000023c000880180007800c000180080001000af40000050003001000\
+             0000200007800c000180080001000af4070005000300180000000800084000000004",
+        );
+        let net = |third, prefix, except| Element {
+            addresses: [Some([10, 244, third, 0].into()), None],
+            prefixes: [Some(prefix), None],
+            except,
+            ..Element::default()
+        };
+        assert_eq!(set.elements, [net(0, 16, false), net(7, 24, true)]);
+
+        // ipset create six hash:net family inet6; ipset add six fd00:244::/48
+        let set = read(
+            "02000000050001000700000008000200736978000d000300686173683a6e657400000000050005000a000000050004000700\
+             000006000b40000300003c00078008001240000004000800134000010000050015000c000000080011406b2ec3c708001940\
+             0000000008001a4000000520080018400000000128000880240007801800018014000200fd00024400000000000000000000\
+             00000500030030000000",
+        );
+        let net = Some("fd00:244::".parse().unwrap());
+        let one = Element { addresses: [net, None], prefixes: [Some(48), None], ..Element::default() };
+        assert_eq!(set.elements, [one]);
+    }
+
+    proptest! {
+        /// Whatever the kernel answers, reading it ends.
+        #[test]
+        fn garbage_is_left_out(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+            let _ = decode(Reply { kind: 0x0607, payload: &bytes });
+        }
+    }
+}

@@ -16,7 +16,7 @@
 //!   [`ruleset`]: news that nftables changed
 
 pub mod address;
-mod attribute;
+pub(crate) mod attribute;
 pub mod conntrack;
 mod error;
 pub mod fdb;

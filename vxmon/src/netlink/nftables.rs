@@ -398,7 +398,72 @@ pub const GROUP: u32 = 7;
 mod tests {
     use proptest::prelude::*;
 
-    use super::*;
+    use super::{super::attribute::golden, *};
+
+    /// What the kernel (6.18) answers to NFT_MSG_GETCHAIN, GETSET and GETSETELEM for this, given to nft 1.0.6:
+    ///
+    /// ```text
+    /// table ip t {
+    ///   map m { type ipv4_addr . inet_proto . inet_service : verdict; elements = { 10.96.0.10 . tcp . 53 : goto c } }
+    ///   set n { type ipv4_addr; flags interval; elements = { 10.1.0.0/16, 10.3.0.1-10.3.0.9 } }
+    ///   chain c { }
+    ///   chain post { type nat hook postrouting priority 100; policy drop; }
+    /// }
+    /// ```
+    #[test]
+    fn chains_sets_and_elements_are_those_of_nft() {
+        let chain = |hex: &str| decode_chain(Reply { kind: 0x0a03, payload: &golden(hex) }).unwrap();
+        let table = || "t".to_owned();
+        assert_eq!(
+            chain("020000c2060001007400000006000300630000000c00020000000000000000010800060000000001"),
+            Chain { family: 2, table: table(), name: "c".into(), hook: None, kind: None, drops: false }
+        );
+        let post = "020000c2060001007400000009000300706f7374000000000c00020000000000000000021400040008000100000000040800\
+             0200000000640800050000000000080007006e61740008000a00000000010800060000000000";
+        let hook = Some((4, 100));
+        assert_eq!(
+            chain(post),
+            Chain { family: 2, table: table(), name: "post".into(), hook, kind: Some("nat".into()), drops: true }
+        );
+        let changed = decode_change(Reply { kind: 0x0a03, payload: &golden(post) });
+        assert_eq!(changed, Some(Change::Table { family: 2, name: table(), hook: Some(4) }));
+
+        let set = |hex: &str| decode_set(Reply { kind: 0x0a09, payload: &golden(hex) }).unwrap();
+        let found =
+            set("020000c20600010074000000060002006d0000000c00100000000000000000030800030000000008080004000000730d0800\
+             05000000000c08000600ffffff00080007000000001020000d00000400000000010400000000030800040d00000001000604\
+             00000000040009001700130030786666666666666666383235303766343000000800140000000001");
+        // NFT_SET_MAP
+        assert_eq!(found, Set { family: 2, table: table(), name: "m".into(), flags: 8, key_len: 12 });
+        let found =
+            set("020000c20600010074000000060002006e0000000c0010000000000000000004080003000000000408000400000000070800\
+             0500000000040a000d0000040200000000000400090017001300307866666666666666663832353038306530000008001400\
+             00000002");
+        assert_eq!(found, Set { family: 2, table: table(), name: "n".into(), flags: SET_INTERVAL, key_len: 4 });
+
+        let elements = |hex: &str| decode_elements(&Reply { kind: 0x0a0c, payload: &golden(hex) });
+        let found = elements(
+            "020000c20600010074000000060002006d000000340003003000010014000100100001000a60000a06000000003500001800\
+             02001400020008000100fffffffc0600020063000000",
+        );
+        let key = vec![10, 96, 0, 10, 6, 0, 0, 0, 0, 53, 0, 0];
+        let data = Some(Data::Verdict(-4, Some("c".into())));
+        assert_eq!(found, [Element { key, key_end: None, ends_interval: false, data }]);
+        let found = elements(
+            "020000c20600010074000000060002006e0000006c000300180001000c000100080001000a03000a08000300000000011000\
+             01000c000100080001000a030001180001000c000100080001000a0200000800030000000001100001000c00010008000100\
+             0a010000180001000c00010008000100000000000800030000000001",
+        );
+        let keys: Vec<_> = found.iter().map(|one| (one.key.as_slice(), one.ends_interval)).collect();
+        let wanted: [(&[u8], bool); 5] = [
+            (&[10, 3, 0, 10], true),
+            (&[10, 3, 0, 1], false),
+            (&[10, 2, 0, 0], true),
+            (&[10, 1, 0, 0], false),
+            (&[0, 0, 0, 0], true),
+        ];
+        assert_eq!(keys, wanted);
+    }
 
     proptest! {
         /// Whatever the kernel answers, reading it ends.

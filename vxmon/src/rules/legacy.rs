@@ -592,11 +592,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    fn bytes(hex: &str) -> Vec<u8> {
-        let digits: Vec<u8> = hex.chars().map(|digit| digit.to_digit(16).unwrap() as u8).collect();
-        digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect()
-    }
+    use crate::netlink::attribute::golden as bytes;
 
     /// A real table of each family, against what iptables-legacy-save prints of it.
     #[test]

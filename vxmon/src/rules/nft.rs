@@ -346,17 +346,12 @@ mod tests {
         *,
     };
     use crate::{
-        netlink::nftables as wire,
+        netlink::{attribute::golden as bytes, nftables as wire},
         rules::{
             model::{Backend, Table},
             render,
         },
     };
-
-    fn bytes(hex: &str) -> Vec<u8> {
-        let digits: Vec<u8> = hex.chars().map(|digit| digit.to_digit(16).unwrap() as u8).collect();
-        digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect()
-    }
 
     /// Rules as the tools print them, and their messages.
     fn golden(text: &str) -> Vec<(&str, wire::Rule)> {
@@ -390,6 +385,21 @@ mod tests {
     fn rules_of_iptables_nft_are_what_it_prints() {
         for (text, rule) in golden(include_str!("golden/iptables-nft.txt")) {
             assert_eq!(rendered(Backend::IptablesNft, rule), text);
+        }
+    }
+
+    /// Each expression that is known, or known not to matter: the command that made it, the rule, and its message.
+    #[test]
+    fn each_expression_is_read() {
+        for (backend, text) in [
+            (Backend::Nftables, include_str!("golden/expressions.txt")),
+            (Backend::IptablesNft, include_str!("golden/xtables.txt")),
+        ] {
+            let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+            for rule in lines.chunks_exact(3) {
+                let message = wire::decode_golden(&bytes(rule[2])).unwrap();
+                assert_eq!(rendered(backend, message), rule[1], "{}", rule[0]);
+            }
         }
     }
 

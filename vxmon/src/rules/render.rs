@@ -144,6 +144,8 @@ fn iptables_test(table: &Table, test: &Test) -> String {
             format!("-m set {}--match-set {name} {}{more}", not(*invert), sides.join(","))
         }
         Test::Comment(text) => format!("-m comment --comment {}", quoted(text)),
+        // iptables-nft has nftables' own expression for `-m limit`.
+        Test::Chance(text) if !text.starts_with('-') => format!("-m {text}"),
         Test::Chance(text) => text.to_string(),
         Test::Unknown(name) => format!("-m [{name}: not known to vxmon]"),
         Test::Compare { .. } | Test::Range { .. } | Test::Lookup { .. } => format!("[{}]", nft::test(table, test)),
@@ -218,7 +220,8 @@ fn iptables_nat(nat: &Nat) -> String {
     match nat.kind {
         NatKind::Snat | NatKind::Dnat => {
             let flag = if nat.kind == NatKind::Snat { "--to-source" } else { "--to-destination" };
-            let _ = write!(text, " {flag} {}", target(nat, range));
+            // Of a range of IPv6 it brackets the whole, nft each end.
+            let _ = write!(text, " {flag} {}", target(nat, range).replace("]-[", "-"));
         }
         NatKind::Masquerade | NatKind::Redirect => {
             if let Some(ports) = nat.ports {

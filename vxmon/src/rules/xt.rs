@@ -3,7 +3,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use super::model::{Act, Nat, NatKind, Side, Test};
+use super::model::{Act, Nat, NatKind, Side, Test, Verdict};
 
 /// Fields of a structure in host byte order, each with its bounds checked.
 #[derive(Clone, Copy)]
@@ -99,9 +99,10 @@ fn read_test(name: &str, revision: u32, info: Fields<'_>) -> Option<Test> {
             invert: (info.u32(4)? != 0, info.u32(8)? != 0),
             limit: (false, false),
         },
-        // struct xt_conntrack_mtinfo3: only if nothing but the state is asked (XT_CONNTRACK_STATE)
-        ("conntrack", 3) if info.u16(146)? == 1 => {
-            Test::State { mask: info.u16(150)?, invert: info.u16(148)? & 1 != 0, old: false }
+        // struct xt_conntrack_mtinfo3: only if nothing but the state is asked (XT_CONNTRACK_STATE); iptables writes `-m state`
+        // so too, with XT_CONNTRACK_STATE_ALIAS
+        ("conntrack", 3) if matches!(info.u16(146)?, 1 | 0x2001) => {
+            Test::State { mask: info.u16(150)?, invert: info.u16(148)? & 1 != 0, old: info.u16(146)? != 1 }
         }
         // struct xt_state_info; RELATED and so on have the same bits
         ("state", 0) => Test::State { mask: u16::try_from(info.u32(0)?).ok()?, invert: false, old: true },
@@ -190,10 +191,11 @@ fn read_act(name: &str, revision: u32, info: Fields<'_>, v6: bool) -> Option<Act
     Some(match (name, revision) {
         // struct xt_mark_tginfo2: (mark & ~mask) ^ value
         ("MARK", 2) => Act::SetMark { and: !info.u32(4)?, xor: info.u32(0)? },
-        // struct xt_connmark_tginfo1: bits of the connection, bits of the packet, mode
+        // struct xt_connmark_tginfo1: bits of the connection, bits of the packet, mode; tginfo2 has two bytes on shifting
+        // before the mode
         ("CONNMARK", 1 | 2) => {
             let (value, mask, bits) = (info.u32(0)?, info.u32(4)?, info.u32(8)?);
-            match info.u8(12)? {
+            match info.u8(if revision == 1 { 12 } else { 14 })? {
                 0 => Act::Nothing(format!("-j CONNMARK --set-xmark {value:#x}/{mask:#x}").into()),
                 1 => Act::Nothing(format!("-j CONNMARK --save-mark --nfmask {bits:#x} --ctmask {mask:#x}").into()),
                 2 => {
@@ -206,9 +208,13 @@ fn read_act(name: &str, revision: u32, info: Fields<'_>, v6: bool) -> Option<Act
         ("SNAT", 0..=2) => Act::Nat(nat_range(NatKind::Snat, info, v6, revision)?),
         ("DNAT", 0..=2) => Act::Nat(nat_range(NatKind::Dnat, info, v6, revision)?),
         ("REDIRECT", 0) => Act::Nat(nat_range(NatKind::Redirect, info, v6, 0)?),
-        ("LOG" | "NFLOG" | "TRACE" | "CT" | "NOTRACK" | "TCPMSS" | "CHECKSUM" | "CLASSIFY", _) => {
-            Act::Nothing(format!("-j {name}").into())
-        }
+        ("NFQUEUE", _) => Act::Verdict(Verdict::Queue),
+        // They answer XT_CONTINUE, and leave the mark as it is.
+        (
+            "LOG" | "NFLOG" | "ULOG" | "TRACE" | "CT" | "NOTRACK" | "TCPMSS" | "CHECKSUM" | "CLASSIFY" | "TOS" | "DSCP"
+            | "TTL" | "HL" | "TEE" | "AUDIT",
+            _,
+        ) => Act::Nothing(format!("-j {name}").into()),
         _ => return None,
     })
 }

@@ -239,18 +239,13 @@ impl Expression {
         let attributes = Attributes(outer.get(EXPRESSION_DATA).unwrap_or(Value(&[])));
         let known = Self::known(&name, attributes).or_else(|| Self::compare(&name, attributes));
         known.unwrap_or(match attributes.register(1) {
-            // What loads a register has it as its first attribute: rt, socket, osf, numgen, hash, exthdr, tunnel, xfrm.
-            Some(to)
-                if matches!(
-                    &*name,
-                    "rt" | "socket" | "osf" | "numgen" | "exthdr" | "tunnel" | "xfrm" | "meta" | "ct" | "fib"
-                ) =>
-            {
+            // What loads a register has it as its first attribute.
+            Some(to) if matches!(&*name, "rt" | "osf" | "numgen" | "exthdr" | "xfrm" | "meta" | "ct" | "fib") => {
                 Self::Load { name, to }
             }
             _ => match attributes.register(2) {
-                // hash and jhash: source, destination.
-                Some(to) if name == "hash" => Self::Load { name, to },
+                // Or behind its source or key: NFTA_HASH_DREG, NFTA_SOCKET_DREG, NFTA_TUNNEL_DREG.
+                Some(to) if matches!(&*name, "hash" | "socket" | "tunnel") => Self::Load { name, to },
                 _ => Self::Other { name },
             },
         })

@@ -65,6 +65,10 @@ fn equal(value: &Value, invert: bool, with: &[u8], protocol: Option<u8>, v6: boo
             Some(Test::Device { side: *side, name: name.into(), invert })
         }
         Source::L4Proto if mask.is_none() => Some(Test::Protocol { number: *with.first()?, invert }),
+        // `-f`: a fragment offset that is not 0.
+        Source::Payload { transport: false, offset: 6 } if !v6 && mask == Some(&[0x1f, 0xff]) && with == [0, 0] => {
+            Some(Test::Fragment { invert: !invert })
+        }
         Source::Payload { transport: false, offset } => {
             let side = match (v6, offset) {
                 (false, 12) | (true, 8) => Side::Source,

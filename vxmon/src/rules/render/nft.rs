@@ -299,6 +299,11 @@ impl Context<'_> {
                     Err(_) => hex(bytes),
                 },
             },
+            // Of these the kernel has a number in host order, unless a rule turns it round.
+            Source::Other(name) if IN_HOST_ORDER.iter().any(|start| name.starts_with(start)) => match word() {
+                Some(word) => format!("{:#x}", if swapped { word.swap_bytes() } else { word }),
+                None => hex(bytes),
+            },
             Source::Constant(_) | Source::Protocol | Source::Other(_) => hex(bytes),
         }
     }
@@ -385,6 +390,9 @@ fn prefix_of(from: &[u8], to: &[u8]) -> Option<u32> {
     let all = 1_u128.checked_shl(free).map_or(u128::MAX, |bit| bit - 1);
     (differ == all && from & all == 0).then(|| width.saturating_sub(free))
 }
+
+/// How the names begin of values that are numbers of the host.
+const IN_HOST_ORDER: [&str; 6] = ["meta ", "ct ", "fib", "hash", "numgen", "xfrm"];
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold("0x".to_owned(), |mut text, byte| {
