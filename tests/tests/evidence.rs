@@ -106,7 +106,7 @@ fn a_frame_that_is_not_encapsulated_yet_has_no_nat() -> Result<()> {
     if let Some(check) = frame.get_mut(14 + 20 + 6) {
         *check ^= 0x55;
     }
-    let event = anomaly(&lab, &[], || Ok(RawSender::open(&lab.a, &lab.options().vxlan)?.send(&frame).map(drop)?))?;
+    let event = anomaly(&lab, &[], || RawSender::open(&lab.a, &lab.options().vxlan)?.send(&frame).map(drop))?;
     ensure!(event["verdict"] == "bad-inner" && event["role"] == "vxlan", "{event:#}");
     for section in ["ct", "nat"] {
         ensure!(event[section].is_null() && event["missing"][section].is_string(), "{section}: {event:#}");

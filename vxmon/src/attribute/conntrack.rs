@@ -45,7 +45,7 @@ pub struct Found {
 /// What is known of a packet's entry.
 pub enum Entry {
     /// It has this one.
-    Found(Found),
+    Found(Box<Found>),
     /// The packet itself said that it has none: conntrack's NAT did not touch it.
     None,
     /// None was listed when it was looked for: there may have been one as the packet left.
@@ -71,7 +71,7 @@ impl Lookup {
         }
         if self.source != Source::Netlink {
             if event.flags & event_flag::CONNTRACK != 0 {
-                return Ok(Entry::Found(from_skb(event)));
+                return Ok(Entry::Found(Box::new(from_skb(event))));
             }
             if event.flags & event_flag::NO_CONNTRACK != 0 {
                 return Ok(Entry::None);
@@ -94,7 +94,7 @@ impl Lookup {
         let packet = ctnetlink::Tuple::udp(src, outer.sport, dst, outer.dport);
         let entry = netlink.by_packet(packet, 0).map_err(|error| error.to_string())?;
         Ok(entry.map_or(Entry::NoneListed, |entry| {
-            Entry::Found(Found {
+            Entry::Found(Box::new(Found {
                 ct: Ct {
                     orig: endpoints_of(&entry.orig),
                     reply: endpoints_of(&entry.reply),
@@ -103,7 +103,7 @@ impl Lookup {
                 },
                 orig: tuple_of(&entry.orig),
                 reply: tuple_of(&entry.reply),
-            })
+            }))
         }))
     }
 }
