@@ -157,6 +157,34 @@ fn rules_that_change_without_pause() -> Result<()> {
     Ok(())
 }
 
+/// The rule is replaced by one with another comment, and then a packet leaves. The one before may be a candidate, if reading so
+/// many rules takes long; it is never named.
+#[test]
+fn a_rule_that_is_gone_is_not_named() -> Result<()> {
+    const ROUNDS: u32 = 20;
+    if !skip::root_or_skip("a_rule_that_is_gone_is_not_named") {
+        return Ok(());
+    }
+    let lab = lab(&Rules::default())?;
+    let vxmon = Vxmon::attach_to(&lab.a, 2, &JSON)?;
+    for round in 1..=ROUNDS {
+        let comment = format!("round {round}");
+        let rule =
+            format!("-m comment --comment \"{comment}\" -m mark --mark 0x4000/0x4000 -j MASQUERADE --random-fully");
+        let text = format!("*nat\n-F KUBE-POSTROUTING\n-A KUBE-POSTROUTING {rule}\nCOMMIT\n");
+        cmd::run_with_input(lab.a.command("iptables-nft-restore").arg("--noflush"), &text)?;
+        connect(&lab);
+        let events = vxmon.wait_events(round as usize, LIMIT);
+        let nat = &events.last().context("no event")?["nat"];
+        ensure!(events.len() == round as usize, "{} events in round {round}", events.len());
+        let named = nat["rule"].as_str();
+        ensure!(named.is_none_or(|named| named.contains(&rule)), "{comment}: {nat:#}");
+        // Sooner or later, while they are being read.
+        thread::sleep(Duration::from_millis(u64::from(round % 7) * 20));
+    }
+    vxmon.stop()?.adds_up()
+}
+
 /// Rules that set marks, in a table that is changed without pause at its beginning. A dump of them takes many datagrams, so
 /// changes come in between; the kernel says so (`NLM_F_DUMP_INTR`), and where it goes on is not where it was.
 #[test]

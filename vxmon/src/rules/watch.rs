@@ -10,10 +10,13 @@
 
 use std::{
     io::{Read as _, Write as _},
-    os::{fd::AsFd as _, unix::net::UnixStream},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::net::UnixStream,
+    },
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicU8, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -89,18 +92,28 @@ pub enum Now {
 pub struct Rules {
     shared: Arc<Shared>,
     wake: UnixStream,
+    /// Where nftables' changes are told, to see whether there are some that nobody has looked at.
+    told: Option<OwnedFd>,
     glanced: Option<Instant>,
 }
 
 #[derive(Debug)]
 struct Shared {
     last: Mutex<Option<Arc<Reading>>>,
-    /// Something changed that was not read yet.
-    stale: AtomicBool,
+    /// What changed and was not read yet: bits of [`stale`].
+    stale: AtomicU8,
     glimpses: Mutex<Glimpses>,
     asked: Condvar,
     /// Told of each reading and glimpse.
     news: Arc<Notify>,
+}
+
+/// What may have changed since the last reading.
+mod stale {
+    /// nftables: it was told, or it may have been.
+    pub(super) const TOLD: u8 = 1;
+    /// What the kernel does not tell of.
+    pub(super) const SEEN: u8 = 2;
 }
 
 #[derive(Debug, Default)]
@@ -124,18 +137,21 @@ impl Rules {
         let (wake, waken) = UnixStream::pair()?;
         wake.set_nonblocking(true)?;
         waken.set_nonblocking(true)?;
+        // Before the first reading, so that no change falls between.
+        let news = News::open().map_err(|error| log::warn!("rules: changes of nftables are not told: {error}")).ok();
+        let told = news.as_ref().map(|news| news.as_fd().try_clone_to_owned()).transpose()?;
         let shared = Arc::new(Shared {
             last: Mutex::default(),
-            stale: AtomicBool::new(true),
+            stale: AtomicU8::new(stale::TOLD | stale::SEEN),
             glimpses: Mutex::default(),
             asked: Condvar::new(),
             news: Arc::default(),
         });
         let other = Arc::clone(&shared);
-        reading_thread("vxmon-rules", move || Reader::new(other, waken).run())?;
+        reading_thread("vxmon-rules", move || Reader::new(other, waken, news).run())?;
         let other = Arc::clone(&shared);
         reading_thread("vxmon-glimpse", move || other.glimpse())?;
-        Ok(Self { shared, wake, glanced: None })
+        Ok(Self { shared, wake, told, glanced: None })
     }
 
     /// Begins to read.
@@ -150,15 +166,28 @@ impl Rules {
 
     /// The rules as they are now, for an anomaly of a new connection.
     pub fn now(&mut self) -> Now {
-        let Some(last) = lock(&self.shared.last).clone() else { return Now::Changed(None) };
         if self.glanced.is_none_or(|glanced| glanced.elapsed() >= GLANCE) {
             self.glanced = Some(Instant::now());
-            if !legacy::looks_the_same(&last.snapshot.legacy) {
-                self.shared.stale.store(true, Ordering::Relaxed);
+            let last = lock(&self.shared.last).clone();
+            if last.is_some_and(|last| !legacy::looks_the_same(&last.snapshot.legacy)) {
+                self.shared.stale.fetch_or(stale::SEEN, Ordering::Release);
             }
             self.wake();
         }
-        if self.shared.stale.load(Ordering::Relaxed) { Now::Changed(Some(last)) } else { Now::Still(last) }
+        // In this order: who takes the news says so before, and what is read is there before it is said to be.
+        let is_changed = self.has_news() || self.shared.is_stale();
+        match lock(&self.shared.last).clone() {
+            Some(last) if !is_changed => Now::Still(last),
+            last => Now::Changed(last),
+        }
+    }
+
+    /// Whether there are news that nobody has looked at.
+    fn has_news(&self) -> bool {
+        self.told.as_ref().is_some_and(|told| {
+            let mut wait = [PollFd::new(told.as_fd(), PollFlags::POLLIN)];
+            poll(&mut wait, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+        })
     }
 
     /// Asks for a glimpse that begins after this.
@@ -200,6 +229,10 @@ fn reading_thread(name: &'static str, run: impl FnOnce() + Send + 'static) -> st
 }
 
 impl Shared {
+    fn is_stale(&self) -> bool {
+        self.stale.load(Ordering::Acquire) != 0
+    }
+
     /// Takes glimpses when asked, until the other end is dropped.
     fn glimpse(&self) {
         loop {
@@ -247,9 +280,7 @@ enum Waited {
 }
 
 impl Reader {
-    fn new(shared: Arc<Shared>, waken: UnixStream) -> Self {
-        // Before the first reading, so that no change falls between.
-        let news = News::open().map_err(|error| log::warn!("rules: changes of nftables are not told: {error}")).ok();
+    fn new(shared: Arc<Shared>, waken: UnixStream, news: Option<News>) -> Self {
         Self { shared, waken, news, looked: Instant::now(), took: Duration::ZERO, again: None }
     }
 
@@ -272,8 +303,8 @@ impl Reader {
 
     fn read(&mut self) {
         let begin = Instant::now();
-        // Until it is over nobody notices changes.
-        self.shared.stale.store(true, Ordering::Relaxed);
+        // Until it is over nobody looks at the news.
+        self.shared.stale.store(stale::TOLD | stale::SEEN, Ordering::Release);
         if let Some(news) = &mut self.news {
             news.take(drop);
         }
@@ -285,12 +316,9 @@ impl Reader {
             begin.elapsed().as_secs_f64() * 1e3
         );
         self.took = begin.elapsed();
-        let is_stale = self.take_news(&reading.snapshot);
-        {
-            let mut last = lock(&self.shared.last);
-            *last = Some(reading);
-            self.shared.stale.store(is_stale, Ordering::Relaxed);
-        }
+        let is_concerned = self.take_news(&reading.snapshot);
+        *lock(&self.shared.last) = Some(reading);
+        self.shared.stale.store(if is_concerned { stale::TOLD } else { 0 }, Ordering::Release);
         self.shared.news.notify_one();
         self.looked = Instant::now();
     }
@@ -312,7 +340,7 @@ impl Reader {
 
     /// Waits for news.
     fn wait(&mut self) -> Waited {
-        if self.shared.stale.load(Ordering::Relaxed) {
+        if self.shared.is_stale() {
             return Waited::Changed;
         }
         let left = self.again.map(|again| again.saturating_duration_since(Instant::now()));
@@ -333,9 +361,12 @@ impl Reader {
             (ready(1), ready(0))
         };
         if told {
+            // Before they are taken, see `Rules::now`.
+            self.shared.stale.fetch_or(stale::TOLD, Ordering::Release);
             let last = lock(&self.shared.last).clone();
-            if last.is_none_or(|last| self.take_news(&last.snapshot)) {
-                self.shared.stale.store(true, Ordering::Relaxed);
+            if last.is_some_and(|last| !self.take_news(&last.snapshot)) {
+                self.shared.stale.fetch_and(!stale::TOLD, Ordering::Release);
+                self.shared.news.notify_one();
             }
         }
         if woken {
@@ -359,7 +390,7 @@ impl Reader {
         // Sets of ipset and addresses change without a word.
         let depends = !last.world.sets.0.is_empty();
         if untold || depends || !legacy::is_the_same(&last.legacy) {
-            self.shared.stale.store(true, Ordering::Relaxed);
+            self.shared.stale.fetch_or(stale::SEEN, Ordering::Release);
         }
         legacy::release_memory();
     }
