@@ -16,7 +16,9 @@ use vxmon::{
     rules::Snapshot,
 };
 use vxmon_tests::{
-    Backend, Capture, Family, Lab, LabOptions, Netns, Rules, Vxmon, cmd, skip, traffic, vxmon::Finished,
+    Backend, Capture, Family, Lab, LabOptions, Netns, Rules, Vxmon, cmd, skip,
+    traffic::{self, Frame, OuterSum, RawSender},
+    vxmon::Finished,
 };
 
 /// Services; each has five rules, or as much in maps and chains.
@@ -132,10 +134,13 @@ fn rules_that_change_without_pause() -> Result<()> {
         while_changing(
             || rules.sync(&lab.a, SERVICES),
             |changes| {
-                let mut sent = 0;
+                let (sender, mut sent) = (RawSender::open(&lab.a, &lab.options().uplink)?, 0);
                 while (sent < EVENTS || changes.load(Ordering::Relaxed) < 3) && sent < MOST {
                     connect(&lab);
-                    sent += 1;
+                    // Of this one no rule can tell anything; still its line comes after that of the other.
+                    let sport = 20_000 + u16::try_from(sent)?;
+                    sender.send(&Frame { sport, sum: OuterSum::Value(0x1234), ..lab.frame() }.bytes())?;
+                    sent += 2;
                     thread::sleep(Duration::from_millis(150));
                 }
                 let events = vxmon.wait_events(sent, LIMIT).len();
@@ -146,7 +151,7 @@ fn rules_that_change_without_pause() -> Result<()> {
         )?;
         let finished = vxmon.stop()?;
         all_are_told(capture, &finished)?;
-        for event in &finished.events {
+        for event in finished.events.iter().filter(|event| event["verdict"] != "bad-outer") {
             let nat = &event["nat"];
             let is_named = nat["rule"] == rule(backend) && nat["random_fully"] == "rule" && nat["reason"].is_null();
             let is_told_why =
