@@ -97,8 +97,11 @@ fn the_right_one_is_named() -> Result<()> {
         let capture = Capture::vxlan(&lab)?;
         let vxmon = Vxmon::attach_to(&lab.a, 2, &JSON)?;
         // From the very start, while they are being read for the first time.
-        for _ in 0..EVENTS {
+        let sender = RawSender::open(&lab.a, &lab.options().uplink)?;
+        for sport in (20_000..).take(EVENTS / 2) {
             connect(&lab);
+            // Of this one no rule can tell anything; still its line comes after that of the other.
+            sender.send(&Frame { sport, sum: OuterSum::Value(0x1234), ..lab.frame() }.bytes())?;
         }
         ensure!(vxmon.wait_events(EVENTS, LIMIT).len() == EVENTS, "{backend:?}: {:#?}", vxmon.events());
         // And when they have been.
@@ -134,13 +137,10 @@ fn rules_that_change_without_pause() -> Result<()> {
         while_changing(
             || rules.sync(&lab.a, SERVICES),
             |changes| {
-                let (sender, mut sent) = (RawSender::open(&lab.a, &lab.options().uplink)?, 0);
+                let mut sent = 0;
                 while (sent < EVENTS || changes.load(Ordering::Relaxed) < 3) && sent < MOST {
                     connect(&lab);
-                    // Of this one no rule can tell anything; still its line comes after that of the other.
-                    let sport = 20_000 + u16::try_from(sent)?;
-                    sender.send(&Frame { sport, sum: OuterSum::Value(0x1234), ..lab.frame() }.bytes())?;
-                    sent += 2;
+                    sent += 1;
                     thread::sleep(Duration::from_millis(150));
                 }
                 let events = vxmon.wait_events(sent, LIMIT).len();
@@ -151,7 +151,7 @@ fn rules_that_change_without_pause() -> Result<()> {
         )?;
         let finished = vxmon.stop()?;
         all_are_told(capture, &finished)?;
-        for event in finished.events.iter().filter(|event| event["verdict"] != "bad-outer") {
+        for event in &finished.events {
             let nat = &event["nat"];
             let is_named = nat["rule"] == rule(backend) && nat["random_fully"] == "rule" && nat["reason"].is_null();
             let is_told_why =
