@@ -20,6 +20,8 @@ use crate::{Lab, Netns, cmd};
 
 /// How long a device must be silent before a capture is taken to be complete.
 const SILENCE: Duration = Duration::from_millis(60);
+/// How long tcpdump must be silent before it is believed to have written all, though it has not said so.
+const LONG_SILENCE: Duration = Duration::from_secs(2);
 
 /// One UDP packet, as tcpdump saw it.
 #[derive(Clone, Debug, PartialEq)]
@@ -113,6 +115,10 @@ impl Capture {
                 break;
             }
         }
+        // On a busy machine silence may only mean that tcpdump has not run; and what it has not read by its end is lost.
+        while self.tcpdump.is_behind()? && lock(&self.lines).last.elapsed() < LONG_SILENCE {
+            thread::sleep(Duration::from_millis(10));
+        }
         self.tcpdump.end()?;
         if let Some(reader) = self.reader.take() {
             let _ = reader.join();
@@ -180,6 +186,16 @@ impl Tcpdump {
         bail!("`{}` ended with {status}: {}", cmd::line(&command), said.trim_end())
     }
 
+    /// Whether packets wait in the kernel that it has not read, by its answer to SIGUSR1. Those that came before its filter
+    /// was in place wait for ever.
+    fn is_behind(&mut self) -> Result<bool> {
+        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGUSR1).context("tcpdump is gone")?;
+        let mut said = String::new();
+        self.stderr.read_line(&mut said)?;
+        let [captured, received, dropped] = statistics(&said).with_context(|| format!("tcpdump said {said:?}"))?;
+        Ok(captured + dropped < received)
+    }
+
     fn end(&mut self) -> Result<()> {
         kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGINT).context("tcpdump is gone")?;
         let mut said = String::new();
@@ -197,6 +213,12 @@ impl Drop for Tcpdump {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// `tcpdump: 3 packets captured, 5 packets received by filter, 0 packets dropped by kernel`
+fn statistics(line: &str) -> Option<[u64; 3]> {
+    let mut numbers = line.strip_prefix("tcpdump: ")?.split(", ").map(|part| part.split(' ').next()?.parse().ok());
+    Some([numbers.next()??, numbers.next()??, numbers.next()??])
 }
 
 /// Joins the lines of each packet (those after the first are indented, and the inner packet has a header of its own), and
@@ -279,6 +301,13 @@ fd00:100::f.8472: [bad udp cksum 0xe127 -> 0x257e!]  BCM-LI-SHIM: direction unkn
 1795571809.099 IP (tos 0x0, ttl 64, id 1, offset 0, flags [none], proto UDP (17), length 78)
     10.0.100.3.1 > 10.0.100.15.4789: [udp sum ok] VXLAN, flags [I] (0x08), vni 1
 ";
+
+    #[test]
+    fn statistics_are_understood() {
+        let line = "tcpdump: 1 packet captured, 5 packets received by filter, 0 packets dropped by kernel\n";
+        assert_eq!(statistics(line), Some([1, 5, 0]));
+        assert_eq!(statistics("tcpdump: listening on uplink, link-type EN10MB (Ethernet)"), None);
+    }
 
     #[test]
     fn tcpdump_is_understood() {

@@ -132,6 +132,36 @@ fn the_flow_stays_bad_without_rehash() -> Result<()> {
     Ok(())
 }
 
+/// NAT rules are asked for an outer connection's first packet only, and what that is depends on the outer source port, a hash.
+/// Here all hashes are the same.
+#[test]
+fn inner_connections_of_one_outer_port_share_its_fate() -> Result<()> {
+    if !skip::root_or_skip("inner_connections_of_one_outer_port_share_its_fate") {
+        return Ok(());
+    }
+    for underlay in FAMILIES {
+        // `udp_flow_src_port()`, include/net/udp.h: min + (hash * (max - min) >> 32).
+        let one_port = ("net.ipv4.ip_local_port_range".to_owned(), "40000 40001".to_owned());
+        let options = LabOptions { underlay, sysctls: vec![one_port], ..LabOptions::default() };
+        let lab = with_rules(options, &Rules::default())?;
+        // Bad as ever; and a second connection, whose own socket draws another hash, is bad in the same outer connection.
+        let (first, second) = (request(&lab, Family::V4, A_MOMENT)?, request(&lab, Family::V6, A_MOMENT)?);
+        let packets: Vec<&Captured> = first.packets.iter().chain(&second.packets).collect();
+        ensure!(packets.len() == 2 && packets.iter().all(|packet| packet.bad), "{packets:#?}");
+        ensure!(packets[0].sport == packets[1].sport && packets[0].sport != 40_000, "{packets:#?}");
+        ensure!(second.rewritten == 1 && second.dropped == 1, "{} rewritten", second.rewritten);
+        // To the pod itself: not marked, so the outer connection is not rewritten. Nor is it for the service after that.
+        lab.flush_conntrack()?;
+        let server = HttpServer::start(&lab.b, lab.pod_socket(Family::V4))?;
+        traffic::http_get(&lab.a, lab.pod_socket(Family::V4), LIMIT)?;
+        drop(server);
+        let third = request(&lab, Family::V6, BEFORE_RETRY)?;
+        ensure!(third.connect.is_some() && third.rewritten == 0 && third.bad().is_empty(), "{:#?}", third.packets);
+        ensure!(third.packets.iter().all(|packet| packet.sport == 40_000), "{:#?}", third.packets);
+    }
+    Ok(())
+}
+
 #[test]
 fn fixed_rules_have_no_fault() -> Result<()> {
     if !skip::root_or_skip("fixed_rules_have_no_fault") {

@@ -1,7 +1,12 @@
 //! Recall: every outer packet that tcpdump on the uplink calls bad is reported by vxmon, with tcpdump's values and with
 //! conntrack's ports, and proved to be fault B.
 
-use std::{collections::BTreeSet, net::IpAddr, thread, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -26,71 +31,105 @@ fn broken_lab(options: LabOptions, backend: Backend) -> Result<Lab> {
     Ok(lab)
 }
 
-/// Connections to the service, each of which starts with a bad packet: TCP that gives up, TCP that waits for the retry, and
-/// UDP. Returns at least how many bad packets that makes.
+/// Connections to the service, the first packet of each of which is to be bad: TCP that gives up, TCP that waits for the
+/// retry, and UDP. Returns how many.
 fn requests(lab: &Lab) -> Result<usize> {
-    let mut bad = 0;
+    let mut connections = 0;
     for inner in FAMILIES {
         let _http = HttpServer::start(&lab.b, lab.pod_socket(inner))?;
         let _udp = UdpServer::start(&lab.b, lab.pod_udp(inner), true)?;
-        bad += several(3, || Ok(traffic::http_get(&lab.a, lab.service_socket(inner), A_MOMENT).is_err()))?;
-        traffic::http_get(&lab.a, lab.service_socket(inner), LIMIT).context("the retry")?;
-        bad += several(2, || {
-            let answer = UdpClient::connect(&lab.a, lab.service_udp(inner))?.ask(40, A_MOMENT)?;
-            Ok(answer.is_none())
-        })?;
-    }
-    Ok(bad)
-}
-
-/// Sends requests until so many have failed, as they should. Now and then one does not: the outer source port is a hash of the
-/// inner connection, and may be that of an outer connection which conntrack knows, and which was not rewritten.
-fn several(wanted: usize, mut fails: impl FnMut() -> Result<bool>) -> Result<usize> {
-    let mut failed = 0;
-    for _ in 0..wanted + 2 {
-        failed += usize::from(fails()?);
-        if failed == wanted {
-            return Ok(failed);
+        for _ in 0..3 {
+            // Whether it fails is seen in the capture.
+            let _ = traffic::http_get(&lab.a, lab.service_socket(inner), A_MOMENT);
         }
+        traffic::http_get(&lab.a, lab.service_socket(inner), LIMIT).context("the retry")?;
+        for _ in 0..2 {
+            UdpClient::connect(&lab.a, lab.service_udp(inner))?.ask(40, A_MOMENT)?;
+        }
+        connections += 6;
     }
-    anyhow::bail!("of {} requests only {failed} failed", wanted + 2)
+    Ok(connections)
 }
 
 /// What tcpdump, conntrack and a vxmon that has ended say of the same traffic.
 struct Seen {
+    packets: Vec<Captured>,
     bad: Vec<Captured>,
     entries: Vec<CtEntry>,
+    connections: usize,
     vxmon: Vec<Finished>,
 }
 
-/// Runs one vxmon for each of `args` on the same traffic, of which no two bad packets are of one outer connection: their
-/// source ports are hashes of the inner connections, and now and then two are the same.
+impl Seen {
+    /// The entry of the packet's outer connection.
+    fn entry(&self, packet: &Captured) -> Result<&CtEntry> {
+        let entry = self.entries.iter().find(|entry| {
+            entry.reply.src == packet.dst && entry.reply.dst == packet.src && entry.reply.dport == packet.sport
+        });
+        entry.with_context(|| format!("`conntrack -L` has no entry for {packet:#?}"))
+    }
+
+    /// How many connections have no bad packet in an outer connection of its own, each for a reason that is known. The
+    /// outer source port is a hash of a number that each socket draws (`udp_flow_src_port()`, include/net/udp.h, of
+    /// `sk_txhash`), one of 28,231. So now and then an inner connection meets an outer one that is there already, and
+    /// shares its fate (`tests/lab.rs`, `inner_connections_of_one_outer_port_share_its_fate`):
+    /// NAT rules are asked for its first packet only. Rarely NAT draws the port that the packet has.
+    fn coincidences(&self) -> Result<usize> {
+        let mut first: BTreeMap<&str, &Captured> = BTreeMap::new();
+        for packet in &self.packets {
+            first.entry(inner_flow(packet)?).or_insert(packet);
+        }
+        let (found, made) = (first.len(), self.connections);
+        ensure!(found == made, "{found} connections in the capture, of {made}: {first:#?}");
+        let mut passed = 0;
+        for packet in first.into_values().filter(|packet| !packet.bad) {
+            let entry = self.entry(packet)?;
+            ensure!(!entry.port_rewritten(), "good, though NAT made {entry:?} of it: {packet:#?}");
+            passed += 1;
+        }
+        let outer: BTreeSet<(IpAddr, u16, IpAddr)> = self.bad.iter().map(|p| (p.src, p.sport, p.dst)).collect();
+        Ok(passed + self.bad.len() - outer.len())
+    }
+}
+
+/// Both ends of the packet inside, as tcpdump writes them.
+fn inner_flow(packet: &Captured) -> Result<&str> {
+    let flow = || {
+        let (before, after) = packet.text.split_once(" > ")?;
+        let begin = before.rfind(' ')? + 1;
+        let end = before.len() + " > ".len() + after.find(": ")?;
+        packet.text.get(begin..end)
+    };
+    flow().with_context(|| format!("no packet inside: {packet:#?}"))
+}
+
+/// Runs one vxmon for each of `args` on the same traffic, in which the first packet of each connection is bad and has an outer
+/// connection of its own. Where two met, it is all done again: of a run's 14 outer connections two meet in one of 300 cases.
 fn watch(lab: &Lab, devices: usize, args: &[&[&str]]) -> Result<Seen> {
-    for _ in 0..4 {
+    for _ in 0..3 {
         let seen = watch_once(lab, devices, args)?;
-        let distinct: BTreeSet<(IpAddr, u16, IpAddr)> = seen.bad.iter().map(|p| (p.src, p.sport, p.dst)).collect();
-        if distinct.len() == seen.bad.len() {
+        if seen.coincidences()? == 0 {
             return Ok(seen);
         }
         lab.flush_conntrack()?;
     }
-    anyhow::bail!("bad packets of one outer connection, again and again")
+    anyhow::bail!("inner connections met in one outer connection, again and again")
 }
 
 fn watch_once(lab: &Lab, devices: usize, args: &[&[&str]]) -> Result<Seen> {
     let capture = Capture::vxlan(lab)?;
     let start = |args: &&[&str]| Vxmon::attach_to(&lab.a, devices, &[&JSON, *args].concat());
     let running: Vec<Vxmon> = args.iter().map(start).collect::<Result<_>>()?;
-    let expected = requests(lab)?;
+    let connections = requests(lab)?;
     let entries = conntrack_vxlan(&lab.a, lab.options().underlay, lab.options().port)?;
-    let bad: Vec<Captured> = capture.stop()?.into_iter().filter(|packet| packet.bad).collect();
-    ensure!(bad.len() >= expected, "only {} bad packets, of {expected} connections", bad.len());
+    let packets = capture.stop()?;
+    let bad: Vec<Captured> = packets.iter().filter(|packet| packet.bad).cloned().collect();
     for vxmon in &running {
         // Only so that a slow machine does not fail; `--count` and the like end it otherwise.
         let _ = vxmon.wait_events(bad.len(), Duration::from_secs(1));
     }
     let vxmon = running.into_iter().map(Vxmon::stop).collect::<Result<_>>()?;
-    Ok(Seen { bad, entries, vxmon })
+    Ok(Seen { packets, bad, entries, connections, vxmon })
 }
 
 fn hex(value: Option<u16>) -> Value {
@@ -141,10 +180,7 @@ fn all_reported(lab: &Lab, seen: &Seen, finished: &Finished, sources: &Sources) 
         let &[event] = events.as_slice() else {
             anyhow::bail!("{} events for {packet:#?}; all: {:#?}", events.len(), finished.events);
         };
-        let entry = seen.entries.iter().find(|entry| {
-            entry.reply.src == packet.dst && entry.reply.dst == packet.src && entry.reply.dport == packet.sport
-        });
-        let entry = entry.with_context(|| format!("`conntrack -L` has no entry for {packet:#?}"))?;
+        let entry = seen.entry(packet)?;
         ensure!(entry.port_rewritten(), "{entry:?}");
         let checks = [
             ("/type", "anomaly".into()),
