@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     thread,
     time::Duration,
 };
@@ -75,9 +75,10 @@ impl Seen {
     /// shares its fate (`tests/lab.rs`, `inner_connections_of_one_outer_port_share_its_fate`):
     /// NAT rules are asked for its first packet only. Rarely NAT draws the port that the packet has.
     fn coincidences(&self) -> Result<usize> {
-        let mut first: BTreeMap<&str, &Captured> = BTreeMap::new();
+        let mut first: BTreeMap<(SocketAddr, SocketAddr), &Captured> = BTreeMap::new();
         for packet in &self.packets {
-            first.entry(inner_flow(packet)?).or_insert(packet);
+            let inner = packet.inner().with_context(|| format!("no packet inside: {packet:#?}"))?;
+            first.entry((inner.src, inner.dst)).or_insert(packet);
         }
         let (found, made) = (first.len(), self.connections);
         ensure!(found == made, "{found} connections in the capture, of {made}: {first:#?}");
@@ -90,17 +91,6 @@ impl Seen {
         let outer: BTreeSet<(IpAddr, u16, IpAddr)> = self.bad.iter().map(|p| (p.src, p.sport, p.dst)).collect();
         Ok(passed + self.bad.len() - outer.len())
     }
-}
-
-/// Both ends of the packet inside, as tcpdump writes them.
-fn inner_flow(packet: &Captured) -> Result<&str> {
-    let flow = || {
-        let (before, after) = packet.text.split_once(" > ")?;
-        let begin = before.rfind(' ')? + 1;
-        let end = before.len() + " > ".len() + after.find(": ")?;
-        packet.text.get(begin..end)
-    };
-    flow().with_context(|| format!("no packet inside: {packet:#?}"))
 }
 
 /// Runs one vxmon for each of `args` on the same traffic, in which the first packet of each connection is bad and has an outer
@@ -117,7 +107,7 @@ fn watch(lab: &Lab, devices: usize, args: &[&[&str]]) -> Result<Seen> {
 }
 
 fn watch_once(lab: &Lab, devices: usize, args: &[&[&str]]) -> Result<Seen> {
-    let capture = Capture::vxlan(lab)?;
+    let capture = Capture::vxlan_with_bytes(lab)?;
     let start = |args: &&[&str]| Vxmon::attach_to(&lab.a, devices, &[&JSON, *args].concat());
     let running: Vec<Vxmon> = args.iter().map(start).collect::<Result<_>>()?;
     let connections = requests(lab)?;
@@ -216,15 +206,15 @@ fn all_reported(lab: &Lab, seen: &Seen, finished: &Finished, sources: &Sources) 
         ensure!(sources.mark.is_none() || (nat["mark"] == "0x4000" && nat["why"] == "mark-not-cleared"), "{nat:#}");
         let status = event["ct"]["status"].as_array().context("no status")?;
         ensure!(["src-nat", "confirmed"].iter().all(|name| status.iter().any(|s| s == name)), "{status:?}");
-        let inner = &event["inner"];
-        let service = [9153, 53].map(Value::from);
-        ensure!(["tcp", "udp"].iter().any(|name| inner["proto"] == *name), "{inner}");
-        ensure!(service.contains(&inner["dport"]), "{inner}");
-        if inner["proto"] == "tcp" {
-            ensure!(inner["flags"] == "S" && inner["seq"].is_u64(), "{inner}");
-            let text = format!("seq {}", inner["seq"]);
-            ensure!(packet.text.contains(&text), "tcpdump: {}, vxmon: {inner}", packet.text);
-        }
+        let (inner, captured) = (&event["inner"], packet.inner().context("nothing inside")?);
+        ensure!(inner["src"] == captured.src.ip().to_string() && inner["sport"] == captured.src.port(), "{inner}");
+        ensure!(inner["dst"] == captured.dst.ip().to_string() && inner["dport"] == captured.dst.port(), "{inner}");
+        let (proto, port, flags) = match captured.seq {
+            Some(_) => ("tcp", 9153, "S".into()),
+            None => ("udp", 53, Value::Null),
+        };
+        ensure!(inner["proto"] == proto && inner["dport"] == port && inner["flags"] == flags, "{inner}");
+        ensure!(inner["seq"] == captured.seq.map_or(Value::Null, Value::from), "{inner}, captured: {captured:?}");
     }
     let bad = seen.bad.len() as u64;
     ensure!(finished.events.len() as u64 == bad, "{} events, {bad} bad packets", finished.events.len());
