@@ -24,6 +24,8 @@ const SILENCE: Duration = Duration::from_millis(60);
 /// How long tcpdump must be silent before it is believed to have written all, though it has not said so.
 const LONG_SILENCE: Duration = Duration::from_secs(2);
 
+/// Room for packets that tcpdump has not read yet, in KiB; each takes 64.
+const BUFFER: &str = "32768";
 /// Length of a VXLAN header.
 const VXLAN_HEADER: usize = 8;
 
@@ -157,7 +159,13 @@ impl Capture {
         }
     }
 
-    /// Waits for silence, ends tcpdump and returns everything it saw.
+    /// Process id of tcpdump.
+    #[must_use]
+    pub fn pid(&self) -> Pid {
+        self.tcpdump.pid()
+    }
+
+    /// Waits for silence, ends tcpdump and returns everything it saw. Of a bulk transfer that need not be all.
     pub fn stop(mut self) -> Result<Vec<Captured>> {
         let start = Instant::now();
         while start.elapsed() < SILENCE || lock(&self.lines).last.elapsed() < SILENCE {
@@ -218,7 +226,11 @@ impl Tcpdump {
     fn start(node: &Netns, dev: &str, args: &[&str], filter: &str) -> Result<(Self, ChildStdout)> {
         let mut command = node.command("tcpdump");
         // -Z root: a change of user would undo the signal that ends it with us.
-        command.args(["-nn", "-i", dev, "--immediate-mode", "-Z", "root"]).args(args).args(filter.split_whitespace());
+        // -B: by default there is room for 32 packets, whatever their length, and on a busy machine a burst is longer.
+        command
+            .args(["-nn", "-i", dev, "--immediate-mode", "-Z", "root", "-B", BUFFER])
+            .args(args)
+            .args(filter.split_whitespace());
         let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -237,10 +249,14 @@ impl Tcpdump {
         bail!("`{}` ended with {status}: {}", cmd::line(&command), said.trim_end())
     }
 
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().cast_signed())
+    }
+
     /// Whether packets wait in the kernel that it has not read, by its answer to SIGUSR1. Those that came before its filter
     /// was in place wait for ever.
     fn is_behind(&mut self) -> Result<bool> {
-        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGUSR1).context("tcpdump is gone")?;
+        kill(self.pid(), Signal::SIGUSR1).context("tcpdump is gone")?;
         let mut said = String::new();
         self.stderr.read_line(&mut said)?;
         let [captured, received, dropped] = statistics(&said).with_context(|| format!("tcpdump said {said:?}"))?;
@@ -248,7 +264,7 @@ impl Tcpdump {
     }
 
     fn end(&mut self) -> Result<()> {
-        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGINT).context("tcpdump is gone")?;
+        kill(self.pid(), Signal::SIGINT).context("tcpdump is gone")?;
         let mut said = String::new();
         self.stderr.read_to_string(&mut said)?;
         let status = self.child.wait()?;

@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
+use nix::sys::signal::{Signal, kill};
 use vxmon_tests::{
     Backend, Capture, Captured, Family, Lab, LabOptions, RuleForm, Rules, Topology,
     counters::{GsoCounter, conntrack_vxlan, udp_csum_errors},
@@ -391,6 +392,30 @@ fn frames_made_by_hand_are_what_they_say() -> Result<()> {
         ensure!(packets[3].seen == Some(0), "{packets:#?}");
         ensure!(udp_csum_errors(&lab.b, underlay)? == 2);
     }
+    Ok(())
+}
+
+/// tcpdump does not get to run for a while, as on a busy machine: it misses nothing.
+#[test]
+fn a_capture_waits_for_tcpdump() -> Result<()> {
+    if !skip::root_or_skip("a_capture_waits_for_tcpdump") {
+        return Ok(());
+    }
+    let lab = LabOptions::default().build()?;
+    let capture = Capture::vxlan(&lab)?;
+    let tcpdump = capture.pid();
+    kill(tcpdump, Signal::SIGSTOP)?;
+    let sender = RawSender::open(&lab.a, &lab.options().uplink)?;
+    for sport in 20_000..20_050 {
+        sender.send(&traffic::Frame { sport, ..lab.frame() }.bytes())?;
+    }
+    let goes_on = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(400));
+        kill(tcpdump, Signal::SIGCONT)
+    });
+    let packets = capture.stop()?;
+    ensure!(goes_on.join().is_ok_and(|result| result.is_ok()), "tcpdump did not go on");
+    ensure!(packets.len() == 50, "{} of 50 packets", packets.len());
     Ok(())
 }
 
