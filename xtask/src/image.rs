@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use nix::libc;
 use vxmon_image::{Contents, Written};
 
 use crate::{
@@ -76,6 +77,7 @@ impl Place {
 
     /// The release binary without paths of this machine.
     fn binary(&self) -> Result<PathBuf> {
+        fixed_addresses();
         let flags = self.remapped().map(|(from, to)| {
             // A JSON string is a TOML one as well.
             serde_json::to_string(&format!("--remap-path-prefix={}={to}", from.display()))
@@ -101,6 +103,10 @@ fn verify(first: &Place, image: &Path, revision: Option<&str>) -> Result<()> {
     println!("once more, in {}", elsewhere.display());
     fs::create_dir_all(&second.cargo_home)?;
     proc::run(Command::new("git").args(["clone", "--quiet", "--shared"]).args([&first.root, &second.root]))?;
+    // Whatever has been committed meanwhile.
+    proc::run(
+        Command::new("git").arg("-C").arg(&second.root).args(["checkout", "--quiet", "--detach"]).args(revision),
+    )?;
     // What is downloaded and what it is built with are the same; where they are is not. Sources are unpacked once more: rustc
     // takes its working directory for what it is, not for the symbolic link that leads there.
     fs::create_dir_all(second.root.join("target"))?;
@@ -128,6 +134,24 @@ struct Removed(PathBuf);
 impl Drop for Removed {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Has programs that are started from now on loaded at the same addresses each time. LLVM puts types that are declared only into
+/// BTF in the order of their addresses (`BTFDebug`, llvm/lib/Target/BPF/BTFDebug.cpp): of eight links of the same bitcode, one
+/// object came out in four forms, with fixed addresses always in one. Not where seccomp forbids it, as in some containers.
+fn fixed_addresses() {
+    const QUERY: libc::c_ulong = 0xffff_ffff;
+    const RANDOM_OFF: libc::c_ulong = 0x004_0000; // ADDR_NO_RANDOMIZE
+    // SAFETY: neither call touches memory; this process stays as it is, since addresses are chosen by execve().
+    let set = unsafe {
+        let current = libc::personality(QUERY);
+        libc::personality(libc::c_ulong::from(current.cast_unsigned()) | RANDOM_OFF)
+    };
+    if set < 0 {
+        println!(
+            "addresses stay random (personality(2) is refused), so eBPF objects may differ in the order of their types"
+        );
     }
 }
 
