@@ -58,7 +58,10 @@ impl Place {
     fn make(&self, output: &Path, revision: Option<&str>) -> Result<Written> {
         let path = self.binary()?;
         let binary = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        for trace in self.remapped().iter().filter_map(|(place, _)| place.to_str()) {
+        // Also where a symbolic link leads: a path that rustc got from getcwd() is not remapped.
+        let places =
+            self.remapped().into_iter().flat_map(|(place, _)| [place.canonicalize().ok(), Some(place)]).flatten();
+        for trace in places.filter_map(|place| place.to_str().map(str::to_owned)) {
             if binary.windows(trace.len()).any(|window| window == trace.as_bytes()) {
                 bail!("{} names {trace}, a path of this machine", path.display());
             }
