@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -20,6 +21,13 @@ use crate::{Lab, Netns, cmd};
 
 /// How long a device must be silent before a capture is taken to be complete.
 const SILENCE: Duration = Duration::from_millis(60);
+/// How long tcpdump must be silent before it is believed to have written all, though it has not said so.
+const LONG_SILENCE: Duration = Duration::from_secs(2);
+
+/// Room for packets that tcpdump has not read yet, in KiB; each takes 64.
+const BUFFER: &str = "32768";
+/// Length of a VXLAN header.
+const VXLAN_HEADER: usize = 8;
 
 /// One UDP packet, as tcpdump saw it.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,8 +50,41 @@ pub struct Captured {
     pub bad: bool,
     /// Length of the outer IP packet; more than the MTU for a GSO packet.
     pub length: u32,
-    /// The rest of what tcpdump wrote on it.
-    pub text: String,
+    /// From the outer IP header on; empty unless it was asked for.
+    pub bytes: Vec<u8>,
+}
+
+/// Ends of the packet inside a VXLAN packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Inner {
+    /// Source address and port.
+    pub src: SocketAddr,
+    /// Destination address and port.
+    pub dst: SocketAddr,
+    /// TCP's sequence number; `None` for UDP.
+    pub seq: Option<u32>,
+}
+
+impl Captured {
+    /// The packet inside, from the bytes: tcpdump takes some outer source ports for those of other protocols, and then does
+    /// not show it (4500: IPsec, 1589: VQP).
+    #[must_use]
+    pub fn inner(&self) -> Option<Inner> {
+        let outer = SlicedPacket::from_ip(&self.bytes).ok()?;
+        let TransportSlice::Udp(udp) = outer.transport? else { return None };
+        let inner = SlicedPacket::from_ethernet(udp.payload().get(VXLAN_HEADER..)?).ok()?;
+        let (src, dst): (IpAddr, IpAddr) = match inner.net? {
+            NetSlice::Ipv4(ip) => (ip.header().source_addr().into(), ip.header().destination_addr().into()),
+            NetSlice::Ipv6(ip) => (ip.header().source_addr().into(), ip.header().destination_addr().into()),
+            NetSlice::Arp(_) => return None,
+        };
+        let (sport, dport, seq) = match inner.transport? {
+            TransportSlice::Tcp(tcp) => (tcp.source_port(), tcp.destination_port(), Some(tcp.sequence_number())),
+            TransportSlice::Udp(udp) => (udp.source_port(), udp.destination_port(), None),
+            _ => return None,
+        };
+        Some(Inner { src: (src, sport).into(), dst: (dst, dport).into(), seq })
+    }
 }
 
 /// A running tcpdump whose output is read as it comes.
@@ -63,8 +104,12 @@ struct Lines {
 impl Capture {
     /// Watches `dev` in `node`, with a pcap filter; when this returns, it is listening.
     pub fn start(node: &Netns, dev: &str, filter: &str) -> Result<Self> {
+        Self::start_with(node, dev, &[], filter)
+    }
+
+    fn start_with(node: &Netns, dev: &str, options: &[&str], filter: &str) -> Result<Self> {
         // -K is not given: checksums are the point. --immediate-mode: no packet waits in a buffer.
-        let (tcpdump, stdout) = Tcpdump::start(node, dev, &["-tt", "-vv", "-l"], filter)?;
+        let (tcpdump, stdout) = Tcpdump::start(node, dev, &[&["-tt", "-vv", "-l"], options].concat(), filter)?;
         let lines = Arc::new(Mutex::new(Lines { all: Vec::new(), last: Instant::now() }));
         let into = Arc::clone(&lines);
         let reader = thread::Builder::new().name("capture".to_owned()).spawn(move || {
@@ -79,9 +124,19 @@ impl Capture {
 
     /// Watches the outer packets that node a sends, on the veth.
     pub fn vxlan(lab: &Lab) -> Result<Self> {
+        Self::vxlan_with(lab, &[])
+    }
+
+    /// As [`vxlan`](Self::vxlan), with the bytes of each packet. Not for bulk transfers: tcpdump writes them all out.
+    pub fn vxlan_with_bytes(lab: &Lab) -> Result<Self> {
+        Self::vxlan_with(lab, &["-x"])
+    }
+
+    fn vxlan_with(lab: &Lab, tcpdump: &[&str]) -> Result<Self> {
         let options = lab.options();
         let source = crate::lab::Side::A.underlay(options.underlay);
-        Self::start(&lab.a, &options.uplink, &format!("src host {source} and udp dst port {}", options.port))
+        let filter = format!("src host {source} and udp dst port {}", options.port);
+        Self::start_with(&lab.a, &options.uplink, tcpdump, &filter)
     }
 
     /// What has been seen so far.
@@ -104,7 +159,13 @@ impl Capture {
         }
     }
 
-    /// Waits for silence, ends tcpdump and returns everything it saw.
+    /// Process id of tcpdump.
+    #[must_use]
+    pub fn pid(&self) -> Pid {
+        self.tcpdump.pid()
+    }
+
+    /// Waits for silence, ends tcpdump and returns everything it saw. Of a bulk transfer that need not be all.
     pub fn stop(mut self) -> Result<Vec<Captured>> {
         let start = Instant::now();
         while start.elapsed() < SILENCE || lock(&self.lines).last.elapsed() < SILENCE {
@@ -112,6 +173,10 @@ impl Capture {
             if start.elapsed() > Duration::from_secs(10) {
                 break;
             }
+        }
+        // On a busy machine silence may only mean that tcpdump has not run; and what it has not read by its end is lost.
+        while self.tcpdump.is_behind()? && lock(&self.lines).last.elapsed() < LONG_SILENCE {
+            thread::sleep(Duration::from_millis(10));
         }
         self.tcpdump.end()?;
         if let Some(reader) = self.reader.take() {
@@ -161,7 +226,11 @@ impl Tcpdump {
     fn start(node: &Netns, dev: &str, args: &[&str], filter: &str) -> Result<(Self, ChildStdout)> {
         let mut command = node.command("tcpdump");
         // -Z root: a change of user would undo the signal that ends it with us.
-        command.args(["-nn", "-i", dev, "--immediate-mode", "-Z", "root"]).args(args).args(filter.split_whitespace());
+        // -B: by default there is room for 32 packets, whatever their length, and on a busy machine a burst is longer.
+        command
+            .args(["-nn", "-i", dev, "--immediate-mode", "-Z", "root", "-B", BUFFER])
+            .args(args)
+            .args(filter.split_whitespace());
         let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -180,8 +249,22 @@ impl Tcpdump {
         bail!("`{}` ended with {status}: {}", cmd::line(&command), said.trim_end())
     }
 
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().cast_signed())
+    }
+
+    /// Whether packets wait in the kernel that it has not read, by its answer to SIGUSR1. Those that came before its filter
+    /// was in place wait for ever.
+    fn is_behind(&mut self) -> Result<bool> {
+        kill(self.pid(), Signal::SIGUSR1).context("tcpdump is gone")?;
+        let mut said = String::new();
+        self.stderr.read_line(&mut said)?;
+        let [captured, received, dropped] = statistics(&said).with_context(|| format!("tcpdump said {said:?}"))?;
+        Ok(captured + dropped < received)
+    }
+
     fn end(&mut self) -> Result<()> {
-        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGINT).context("tcpdump is gone")?;
+        kill(self.pid(), Signal::SIGINT).context("tcpdump is gone")?;
         let mut said = String::new();
         self.stderr.read_to_string(&mut said)?;
         let status = self.child.wait()?;
@@ -199,21 +282,38 @@ impl Drop for Tcpdump {
     }
 }
 
+/// `tcpdump: 3 packets captured, 5 packets received by filter, 0 packets dropped by kernel`
+fn statistics(line: &str) -> Option<[u64; 3]> {
+    let mut numbers = line.strip_prefix("tcpdump: ")?.split(", ").map(|part| part.split(' ').next()?.parse().ok());
+    Some([numbers.next()??, numbers.next()??, numbers.next()??])
+}
+
 /// Joins the lines of each packet (those after the first are indented, and the inner packet has a header of its own), and
 /// reads the outer UDP header.
 fn parse(lines: &[String]) -> Vec<Captured> {
-    let mut packets: Vec<String> = Vec::new();
+    let mut packets: Vec<(String, Vec<u8>)> = Vec::new();
     for line in lines {
         // A time stamp begins a packet; a line of the inner packet begins with a space or with `IP`.
         match packets.last_mut() {
-            Some(packet) if !line.starts_with(|first: char| first.is_ascii_digit()) => {
-                packet.push(' ');
-                packet.push_str(line.trim_start());
+            Some((packet, bytes)) if !line.starts_with(|first: char| first.is_ascii_digit()) => {
+                if let Some(more) = hex_dump(line) {
+                    bytes.extend(more);
+                } else {
+                    packet.push(' ');
+                    packet.push_str(line.trim_start());
+                }
             }
-            _ => packets.push(line.clone()),
+            _ => packets.push((line.clone(), Vec::new())),
         }
     }
-    packets.iter().filter_map(|packet| parse_packet(packet)).collect()
+    packets.into_iter().filter_map(|(packet, bytes)| Some(Captured { bytes, ..parse_packet(&packet)? })).collect()
+}
+
+/// `\t0x0010:  0a00 640f 6b5e 2118 005a 7b75`, with one byte less at the end of an odd packet.
+fn hex_dump(line: &str) -> Option<Vec<u8>> {
+    let (_, words) = line.strip_prefix("\t0x")?.split_once(":  ")?;
+    let digits: Vec<u8> = words.chars().filter_map(|digit| u8::try_from(digit.to_digit(16)?).ok()).collect();
+    Some(digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect())
 }
 
 /// `TIME IP (…, length 110) SRC.SPORT > DST.DPORT: [bad udp cksum 0x76b9 -> 0x4212!] …`
@@ -246,7 +346,7 @@ fn parse_packet(packet: &str) -> Option<Captured> {
         expected: values.next().flatten(),
         bad,
         length: length.unwrap_or(0),
-        text: text.to_owned(),
+        bytes: Vec::new(),
     })
 }
 
@@ -281,6 +381,45 @@ fd00:100::f.8472: [bad udp cksum 0xe127 -> 0x257e!]  BCM-LI-SHIM: direction unkn
 ";
 
     #[test]
+    fn statistics_are_understood() {
+        let line = "tcpdump: 1 packet captured, 5 packets received by filter, 0 packets dropped by kernel\n";
+        assert_eq!(statistics(line), Some([1, 5, 0]));
+        assert_eq!(statistics("tcpdump: listening on uplink, link-type EN10MB (Ethernet)"), None);
+    }
+
+    /// From `tcpdump -nn -tt -vv -x -i uplink` and a VXLAN with `srcport 4500 4501`, a port that tcpdump takes for IPsec's: a SYN
+    /// to 10.244.2.73:9153, and `echo -n abc` to its UDP port 53.
+    const WITH_BYTES: &str = "\
+1795824474.474855 IP (tos 0x0, ttl 64, id 44860, offset 0, flags [none], proto UDP (17), length 110)
+    10.0.100.3.4500 > 10.0.100.15.8472: [udp sum ok] UDP-encap: ESP(spi=0x08000000,seq=0x100), length 82
+\t0x0000:  4500 006e af3c 0000 4011 ef30 0a00 6403
+\t0x0010:  0a00 640f 1194 2118 005a f3c5 0800 0000
+\t0x0020:  0000 0100 0200 0000 000b 0200 0000 000a
+\t0x0030:  0800 4500 003c 08fe 4000 4006 198e 0af4
+\t0x0040:  0000 0af4 0249 a516 23c1 4061 791d 0000
+\t0x0050:  0000 a002 fd5c 9f82 0000 0204 0582 0402
+\t0x0060:  080a f236 1e92 0000 0000 0103 030a
+1795824474.803343 IP (tos 0x0, ttl 64, id 44937, offset 0, flags [none], proto UDP (17), length 81)
+    10.0.100.3.4500 > 10.0.100.15.8472: [udp sum ok] UDP-encap: ESP(spi=0x08000000,seq=0x100), length 53
+\t0x0000:  4500 0051 af89 0000 4011 ef00 0a00 6403
+\t0x0010:  0a00 640f 1194 2118 003d f3ed 0800 0000
+\t0x0020:  0000 0100 0200 0000 000b 0200 0000 000a
+\t0x0030:  0800 4500 001f 838f 4000 4011 9f0e 0af4
+\t0x0040:  0000 0af4 0249 c6d5 0035 000b 5c3a 6162
+\t0x0050:  63
+";
+
+    #[test]
+    fn the_packet_inside_is_found_by_its_bytes() {
+        let packets = parse(&WITH_BYTES.lines().map(str::to_owned).collect::<Vec<_>>());
+        let ends = |src: &str, dst: &str, seq| Inner { src: src.parse().unwrap(), dst: dst.parse().unwrap(), seq };
+        let inner: Vec<_> = packets.iter().map(Captured::inner).collect();
+        let syn = ends("10.244.0.0:42262", "10.244.2.73:9153", Some(1_080_129_821));
+        assert_eq!(inner, [Some(syn), Some(ends("10.244.0.0:50901", "10.244.2.73:53", None))]);
+        assert_eq!(packets.iter().map(|packet| packet.bytes.len()).collect::<Vec<_>>(), [110, 81]);
+    }
+
+    #[test]
     fn tcpdump_is_understood() {
         let packets = parse(&OUTPUT.lines().map(str::to_owned).collect::<Vec<_>>());
         let short: Vec<_> = packets
@@ -298,6 +437,6 @@ fd00:100::f.8472: [bad udp cksum 0xe127 -> 0x257e!]  BCM-LI-SHIM: direction unkn
             ]
         );
         assert_eq!(packets[1].dst.to_string(), "fd00:100::f");
-        assert!(packets[0].text.contains("10.244.2.73.9153"));
+        assert_eq!(packets[0].inner(), None);
     }
 }

@@ -13,6 +13,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use nix::{
     sys::signal::{Signal, kill},
+    time::clock_getcpuclockid,
     unistd::Pid,
 };
 use serde_json::Value;
@@ -160,6 +161,12 @@ pub fn sees_nat() -> bool {
     Path::new("/sys/bus/event_source/devices/kprobe/type").exists()
 }
 
+/// CPU time of a process so far, in user and kernel mode.
+pub fn cpu_time(pid: u32) -> Result<Duration> {
+    let time = || clock_getcpuclockid(Pid::from_raw(pid.cast_signed()))?.now();
+    Ok(time().with_context(|| format!("cannot read the CPU time of process {pid}"))?.into())
+}
+
 impl Vxmon {
     /// Starts `vxmon attach ARGS…` in `node` and waits until it is attached to at least one device.
     pub fn attach(node: &Netns, args: &[&str]) -> Result<Self> {
@@ -287,13 +294,7 @@ impl Vxmon {
 
     /// CPU time used so far, in user and kernel mode.
     pub fn cpu_time(&self) -> Result<Duration> {
-        let path = format!("/proc/{}/stat", self.pid());
-        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
-        // The name, in parentheses, may have spaces; user and system time are the 12th and 13th fields after it.
-        let fields = text.rsplit_once(") ").map(|(_, fields)| fields.split_whitespace()).context("cannot read it")?;
-        let ticks: u64 = fields.skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
-        // USER_HZ is 100 on all architectures that matter here.
-        Ok(Duration::from_millis(ticks * 10))
+        cpu_time(self.pid())
     }
 
     /// Whether it still runs.

@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
+use nix::sys::signal::{Signal, kill};
 use vxmon_tests::{
     Backend, Capture, Captured, Family, Lab, LabOptions, RuleForm, Rules, Topology,
     counters::{GsoCounter, conntrack_vxlan, udp_csum_errors},
@@ -129,6 +130,69 @@ fn the_flow_stays_bad_without_rehash() -> Result<()> {
     let (sum, port) = (request.packets[0].seen, request.packets[0].sport);
     ensure!(request.packets.iter().all(|packet| packet.sport == port), "{:#?}", request.packets);
     ensure!(request.rewritten == 1 && sum != Some(0));
+    Ok(())
+}
+
+/// NAT rules are asked for an outer connection's first packet only, and what that is depends on the outer source port, a hash.
+/// Here all hashes are the same.
+#[test]
+fn inner_connections_of_one_outer_port_share_its_fate() -> Result<()> {
+    if !skip::root_or_skip("inner_connections_of_one_outer_port_share_its_fate") {
+        return Ok(());
+    }
+    for underlay in FAMILIES {
+        // `udp_flow_src_port()`, include/net/udp.h: min + (hash * (max - min) >> 32).
+        let one_port = ("net.ipv4.ip_local_port_range".to_owned(), "40000 40001".to_owned());
+        let options = LabOptions { underlay, sysctls: vec![one_port], ..LabOptions::default() };
+        let lab = with_rules(options, &Rules::default())?;
+        // Bad as ever; and a second connection, whose own socket draws another hash, is bad in the same outer connection.
+        let (first, second) = (request(&lab, Family::V4, A_MOMENT)?, request(&lab, Family::V6, A_MOMENT)?);
+        let packets: Vec<&Captured> = first.packets.iter().chain(&second.packets).collect();
+        ensure!(packets.len() == 2 && packets.iter().all(|packet| packet.bad), "{packets:#?}");
+        ensure!(packets[0].sport == packets[1].sport && packets[0].sport != 40_000, "{packets:#?}");
+        ensure!(second.rewritten == 1 && second.dropped == 1, "{} rewritten", second.rewritten);
+        // To the pod itself: not marked, so the outer connection is not rewritten. Nor is it for the service after that.
+        lab.flush_conntrack()?;
+        let server = HttpServer::start(&lab.b, lab.pod_socket(Family::V4))?;
+        traffic::http_get(&lab.a, lab.pod_socket(Family::V4), LIMIT)?;
+        drop(server);
+        let third = request(&lab, Family::V6, BEFORE_RETRY)?;
+        ensure!(third.connect.is_some() && third.rewritten == 0 && third.bad().is_empty(), "{:#?}", third.packets);
+        ensure!(third.packets.iter().all(|packet| packet.sport == 40_000), "{:#?}", third.packets);
+    }
+    Ok(())
+}
+
+/// No rule is needed for a stale sum: a packet whose port NAT has given to another connection gets another one, since the answers
+/// to the two could not be told apart (`nf_nat_alloc_null_binding()`, net/netfilter/nf_nat_core.c).
+#[test]
+fn a_port_that_is_taken_is_rewritten_without_a_rule() -> Result<()> {
+    if !skip::root_or_skip("a_port_that_is_taken_is_rewritten_without_a_rule") {
+        return Ok(());
+    }
+    let lab = LabOptions::default().build()?;
+    // All outer packets have the first port of this range.
+    let range = |ports: &str| lab.a.sysctl(&[("net.ipv4.ip_local_port_range".to_owned(), ports.to_owned())]);
+    let port = lab.options().port;
+    lab.a.run(
+        "nft",
+        &[&format!(
+            "table ip taken {{ chain output {{ type filter hook output priority -150; udp dport 53 meta mark set 1; }}; \
+             chain postrouting {{ type nat hook postrouting priority 100; meta mark 1 udp dport {port} masquerade to :40000; }}; }}"
+        )],
+    )?;
+    range("41000 41001")?;
+    UdpClient::connect(&lab.a, lab.pod_udp(Family::V4))?.send(40, UdpMode::Plain)?;
+    range("40000 40001")?;
+    let _server = HttpServer::start(&lab.b, lab.pod_socket(Family::V4))?;
+    let capture = Capture::vxlan(&lab)?;
+    let connect = traffic::http_get(&lab.a, lab.pod_socket(Family::V4), A_MOMENT);
+    let packets = capture.stop()?;
+    let entries = conntrack_vxlan(&lab.a, Family::V4, port)?;
+    let mut ports: Vec<_> = entries.iter().map(|entry| (entry.orig.sport, entry.reply.dport)).collect();
+    ports.sort_unstable();
+    ensure!(matches!(ports[..], [(40_000, other), (41_000, 40_000)] if other != 40_000), "{ports:?}");
+    ensure!(connect.is_err() && packets.len() == 1 && packets[0].bad, "{packets:#?}");
     Ok(())
 }
 
@@ -361,6 +425,30 @@ fn frames_made_by_hand_are_what_they_say() -> Result<()> {
         ensure!(packets[3].seen == Some(0), "{packets:#?}");
         ensure!(udp_csum_errors(&lab.b, underlay)? == 2);
     }
+    Ok(())
+}
+
+/// tcpdump does not get to run for a while, as on a busy machine: it misses nothing.
+#[test]
+fn a_capture_waits_for_tcpdump() -> Result<()> {
+    if !skip::root_or_skip("a_capture_waits_for_tcpdump") {
+        return Ok(());
+    }
+    let lab = LabOptions::default().build()?;
+    let capture = Capture::vxlan(&lab)?;
+    let tcpdump = capture.pid();
+    kill(tcpdump, Signal::SIGSTOP)?;
+    let sender = RawSender::open(&lab.a, &lab.options().uplink)?;
+    for sport in 20_000..20_050 {
+        sender.send(&traffic::Frame { sport, ..lab.frame() }.bytes())?;
+    }
+    let goes_on = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(400));
+        kill(tcpdump, Signal::SIGCONT)
+    });
+    let packets = capture.stop()?;
+    ensure!(goes_on.join().is_ok_and(|result| result.is_ok()), "tcpdump did not go on");
+    ensure!(packets.len() == 50, "{} of 50 packets", packets.len());
     Ok(())
 }
 

@@ -1,7 +1,12 @@
 //! Recall: every outer packet that tcpdump on the uplink calls bad is reported by vxmon, with tcpdump's values and with
 //! conntrack's ports, and proved to be fault B.
 
-use std::{collections::BTreeSet, net::IpAddr, thread, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    net::SocketAddr,
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -26,71 +31,116 @@ fn broken_lab(options: LabOptions, backend: Backend) -> Result<Lab> {
     Ok(lab)
 }
 
-/// Connections to the service, each of which starts with a bad packet: TCP that gives up, TCP that waits for the retry, and
-/// UDP. Returns at least how many bad packets that makes.
+/// Connections to the service, the first packet of each of which is to be bad: TCP that gives up, TCP that waits for the
+/// retry, and UDP. Returns how many.
 fn requests(lab: &Lab) -> Result<usize> {
-    let mut bad = 0;
+    let mut connections = 0;
     for inner in FAMILIES {
         let _http = HttpServer::start(&lab.b, lab.pod_socket(inner))?;
         let _udp = UdpServer::start(&lab.b, lab.pod_udp(inner), true)?;
-        bad += several(3, || Ok(traffic::http_get(&lab.a, lab.service_socket(inner), A_MOMENT).is_err()))?;
-        traffic::http_get(&lab.a, lab.service_socket(inner), LIMIT).context("the retry")?;
-        bad += several(2, || {
-            let answer = UdpClient::connect(&lab.a, lab.service_udp(inner))?.ask(40, A_MOMENT)?;
-            Ok(answer.is_none())
-        })?;
-    }
-    Ok(bad)
-}
-
-/// Sends requests until so many have failed, as they should. Now and then one does not: the outer source port is a hash of the
-/// inner connection, and may be that of an outer connection which conntrack knows, and which was not rewritten.
-fn several(wanted: usize, mut fails: impl FnMut() -> Result<bool>) -> Result<usize> {
-    let mut failed = 0;
-    for _ in 0..wanted + 2 {
-        failed += usize::from(fails()?);
-        if failed == wanted {
-            return Ok(failed);
+        for _ in 0..3 {
+            // Whether it fails is seen in the capture.
+            let _ = traffic::http_get(&lab.a, lab.service_socket(inner), A_MOMENT);
         }
+        traffic::http_get(&lab.a, lab.service_socket(inner), LIMIT).context("the retry")?;
+        // Both at once: with the first one's port the second would be of its connection, which is not marked again.
+        let clients = [(); 2].map(|()| UdpClient::connect(&lab.a, lab.service_udp(inner)));
+        for client in clients {
+            client?.ask(40, A_MOMENT)?;
+        }
+        connections += 6;
     }
-    anyhow::bail!("of {} requests only {failed} failed", wanted + 2)
+    Ok(connections)
 }
 
 /// What tcpdump, conntrack and a vxmon that has ended say of the same traffic.
 struct Seen {
+    packets: Vec<Captured>,
     bad: Vec<Captured>,
     entries: Vec<CtEntry>,
+    connections: usize,
     vxmon: Vec<Finished>,
 }
 
-/// Runs one vxmon for each of `args` on the same traffic, of which no two bad packets are of one outer connection: their
-/// source ports are hashes of the inner connections, and now and then two are the same.
+impl Seen {
+    /// The entry of the packet's outer connection.
+    fn entry(&self, packet: &Captured) -> Result<&CtEntry> {
+        let entry = self.entries.iter().find(|entry| {
+            entry.reply.src == packet.dst && entry.reply.dst == packet.src && entry.reply.dport == packet.sport
+        });
+        entry.with_context(|| format!("`conntrack -L` has no entry for {packet:#?}"))
+    }
+
+    /// How much is not as it should be: that each connection has one bad packet, its first, in an outer connection of its own.
+    /// The reasons that are known, and were seen to happen about as often as they should (docs/journal.md, "Coincidences");
+    /// any other is an error:
+    ///
+    /// - The outer source port is a hash of a number that each socket draws (`udp_flow_src_port()`, include/net/udp.h, of
+    ///   `sk_txhash`), one of 28,231. So an inner connection may meet an outer one that is there already, and share its fate, since
+    ///   NAT rules are asked for the first packet only (`tests/lab.rs`, `inner_connections_of_one_outer_port_share_its_fate`).
+    /// - NAT draws one of 64,512 ports, and may draw the one that the packet has.
+    /// - A retry has no mark, but its new port may be one that NAT has drawn for another connection. Answers could not be told
+    ///   apart, so NAT draws another for it, without any rule (`nf_nat_alloc_null_binding()`, net/netfilter/nf_nat_core.c).
+    /// - The stale sum may be 0xffff, which is what the other fault leaves.
+    fn coincidences(&self) -> Result<usize> {
+        let mut first: BTreeMap<(SocketAddr, SocketAddr), &Captured> = BTreeMap::new();
+        let mut later = Vec::new();
+        for packet in &self.packets {
+            let inner = packet.inner().with_context(|| format!("no packet inside: {packet:#?}"))?;
+            match first.entry((inner.src, inner.dst)) {
+                Entry::Vacant(place) => drop(place.insert(packet)),
+                Entry::Occupied(_) => later.push(packet),
+            }
+        }
+        let (found, made) = (first.len(), self.connections);
+        ensure!(found == made, "{found} connections in the capture, of {made}: {first:#?}");
+        let outer = |packet: &Captured| (packet.src, packet.sport, packet.dst);
+        let mut shared = BTreeSet::new();
+        let mut count = 0;
+        for packet in first.into_values() {
+            if !packet.bad {
+                let entry = self.entry(packet)?;
+                ensure!(!entry.port_rewritten(), "good, though NAT made {entry:?} of it: {packet:#?}");
+            }
+            count += usize::from(!packet.bad || !shared.insert(outer(packet)) || packet.seen == Some(0xffff));
+        }
+        for packet in later.into_iter().filter(|packet| packet.bad) {
+            let entry = self.entry(packet)?;
+            let taken = self.entries.iter().any(|other| other != entry && other.reply.dport == entry.orig.sport);
+            ensure!(taken || shared.contains(&outer(packet)), "a later packet is bad: {entry:?}, {packet:#?}");
+            count += 1;
+        }
+        Ok(count)
+    }
+}
+
+/// Runs one vxmon for each of `args` on the same traffic, in which the first packet of each connection is bad and has an outer
+/// connection of its own. In one of 300 cases that is not so, and it is all done again.
 fn watch(lab: &Lab, devices: usize, args: &[&[&str]]) -> Result<Seen> {
-    for _ in 0..4 {
+    for _ in 0..3 {
         let seen = watch_once(lab, devices, args)?;
-        let distinct: BTreeSet<(IpAddr, u16, IpAddr)> = seen.bad.iter().map(|p| (p.src, p.sport, p.dst)).collect();
-        if distinct.len() == seen.bad.len() {
+        if seen.coincidences()? == 0 {
             return Ok(seen);
         }
         lab.flush_conntrack()?;
     }
-    anyhow::bail!("bad packets of one outer connection, again and again")
+    anyhow::bail!("coincidences, three times in a row")
 }
 
 fn watch_once(lab: &Lab, devices: usize, args: &[&[&str]]) -> Result<Seen> {
-    let capture = Capture::vxlan(lab)?;
+    let capture = Capture::vxlan_with_bytes(lab)?;
     let start = |args: &&[&str]| Vxmon::attach_to(&lab.a, devices, &[&JSON, *args].concat());
     let running: Vec<Vxmon> = args.iter().map(start).collect::<Result<_>>()?;
-    let expected = requests(lab)?;
+    let connections = requests(lab)?;
     let entries = conntrack_vxlan(&lab.a, lab.options().underlay, lab.options().port)?;
-    let bad: Vec<Captured> = capture.stop()?.into_iter().filter(|packet| packet.bad).collect();
-    ensure!(bad.len() >= expected, "only {} bad packets, of {expected} connections", bad.len());
+    let packets = capture.stop()?;
+    let bad: Vec<Captured> = packets.iter().filter(|packet| packet.bad).cloned().collect();
     for vxmon in &running {
         // Only so that a slow machine does not fail; `--count` and the like end it otherwise.
         let _ = vxmon.wait_events(bad.len(), Duration::from_secs(1));
     }
     let vxmon = running.into_iter().map(Vxmon::stop).collect::<Result<_>>()?;
-    Ok(Seen { bad, entries, vxmon })
+    Ok(Seen { packets, bad, entries, connections, vxmon })
 }
 
 fn hex(value: Option<u16>) -> Value {
@@ -141,10 +191,7 @@ fn all_reported(lab: &Lab, seen: &Seen, finished: &Finished, sources: &Sources) 
         let &[event] = events.as_slice() else {
             anyhow::bail!("{} events for {packet:#?}; all: {:#?}", events.len(), finished.events);
         };
-        let entry = seen.entries.iter().find(|entry| {
-            entry.reply.src == packet.dst && entry.reply.dst == packet.src && entry.reply.dport == packet.sport
-        });
-        let entry = entry.with_context(|| format!("`conntrack -L` has no entry for {packet:#?}"))?;
+        let entry = seen.entry(packet)?;
         ensure!(entry.port_rewritten(), "{entry:?}");
         let checks = [
             ("/type", "anomaly".into()),
@@ -180,15 +227,15 @@ fn all_reported(lab: &Lab, seen: &Seen, finished: &Finished, sources: &Sources) 
         ensure!(sources.mark.is_none() || (nat["mark"] == "0x4000" && nat["why"] == "mark-not-cleared"), "{nat:#}");
         let status = event["ct"]["status"].as_array().context("no status")?;
         ensure!(["src-nat", "confirmed"].iter().all(|name| status.iter().any(|s| s == name)), "{status:?}");
-        let inner = &event["inner"];
-        let service = [9153, 53].map(Value::from);
-        ensure!(["tcp", "udp"].iter().any(|name| inner["proto"] == *name), "{inner}");
-        ensure!(service.contains(&inner["dport"]), "{inner}");
-        if inner["proto"] == "tcp" {
-            ensure!(inner["flags"] == "S" && inner["seq"].is_u64(), "{inner}");
-            let text = format!("seq {}", inner["seq"]);
-            ensure!(packet.text.contains(&text), "tcpdump: {}, vxmon: {inner}", packet.text);
-        }
+        let (inner, captured) = (&event["inner"], packet.inner().context("nothing inside")?);
+        ensure!(inner["src"] == captured.src.ip().to_string() && inner["sport"] == captured.src.port(), "{inner}");
+        ensure!(inner["dst"] == captured.dst.ip().to_string() && inner["dport"] == captured.dst.port(), "{inner}");
+        let (proto, port, flags) = match captured.seq {
+            Some(_) => ("tcp", 9153, "S".into()),
+            None => ("udp", 53, Value::Null),
+        };
+        ensure!(inner["proto"] == proto && inner["dport"] == port && inner["flags"] == flags, "{inner}");
+        ensure!(inner["seq"] == captured.seq.map_or(Value::Null, Value::from), "{inner}, captured: {captured:?}");
     }
     let bad = seen.bad.len() as u64;
     ensure!(finished.events.len() as u64 == bad, "{} events, {bad} bad packets", finished.events.len());

@@ -331,6 +331,18 @@ impl Packed {
     }
 }
 
+// The numbers that `finding` has are those of the enum, and none is missing. (From a table, `Verdict::ALL`, they would be read
+// from a map in the kernel, which the oldest ones do not have; `zerocopy::try_transmute!` made 31 instructions more of it.)
+const _: () = {
+    let mut number = 0;
+    while number < Verdict::ALL.len() {
+        let verdict = Verdict::ALL[number];
+        assert!(verdict as usize == number, "ALL is in the order of the numbers");
+        assert!(Packed::judged(verdict, 0).finding().verdict as usize == number, "finding() knows the verdict");
+        number += 1;
+    }
+};
+
 /// What the judge asks of its surroundings. In the kernel these are maps and helpers; each is asked only when needed.
 pub trait Surroundings {
     /// Whether UDP packets to this port (memory order) are tunnel packets.

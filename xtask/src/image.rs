@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use nix::libc;
 use vxmon_image::{Contents, Written};
 
 use crate::{
@@ -34,7 +35,7 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<()> {
     setup::run(Scope::Build)?;
     let root = cargo::root()?;
-    let place = Place { root: root.to_owned(), build: root.join("target/image/build"), cargo_home: cargo_home()? };
+    let place = Place { root: root.to_owned(), cargo_home: cargo_home()? };
     let output = env::current_dir()?.join(&args.output);
     let revision = revision(root);
     let image = place.make(&output, revision.as_deref())?;
@@ -47,10 +48,8 @@ pub fn run(args: &Args) -> Result<()> {
 
 /// Where it is built: all of it should leave no trace.
 struct Place {
-    /// The workspace.
+    /// The workspace, in which it is built: in `target/image/build`.
     root: PathBuf,
-    /// cargo's target directory.
-    build: PathBuf,
     cargo_home: PathBuf,
 }
 
@@ -59,7 +58,10 @@ impl Place {
     fn make(&self, output: &Path, revision: Option<&str>) -> Result<Written> {
         let path = self.binary()?;
         let binary = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        for trace in [&self.root, &self.build, &self.cargo_home].into_iter().filter_map(|place| place.to_str()) {
+        // Also where a symbolic link leads: a path that rustc got from getcwd() is not remapped.
+        let places =
+            self.remapped().into_iter().flat_map(|(place, _)| [place.canonicalize().ok(), Some(place)]).flatten();
+        for trace in places.filter_map(|place| place.to_str().map(str::to_owned)) {
             if binary.windows(trace.len()).any(|window| window == trace.as_bytes()) {
                 bail!("{} names {trace}, a path of this machine", path.display());
             }
@@ -71,13 +73,18 @@ impl Place {
         Ok(image)
     }
 
+    /// What paths become in the binary.
+    fn remapped(&self) -> [(PathBuf, &'static str); 2] {
+        [(self.cargo_home.join("registry/src"), "/cargo"), (self.root.clone(), "/vxmon")]
+    }
+
     /// The release binary without paths of this machine.
     fn binary(&self) -> Result<PathBuf> {
-        let flags =
-            [(self.cargo_home.join("registry/src"), "/cargo"), (self.root.clone(), "/vxmon")].map(|(from, to)| {
-                // A JSON string is a TOML one as well.
-                serde_json::to_string(&format!("--remap-path-prefix={}={to}", from.display()))
-            });
+        fixed_addresses();
+        let flags = self.remapped().map(|(from, to)| {
+            // A JSON string is a TOML one as well.
+            serde_json::to_string(&format!("--remap-path-prefix={}={to}", from.display()))
+        });
         let flags = flags.into_iter().collect::<Result<Vec<_>, _>>()?.join(",");
         // Joined to the flags of .cargo/config.toml, which the variable RUSTFLAGS would replace.
         let flags = format!("target.'cfg(target_os = \"linux\")'.rustflags=[{flags}]");
@@ -85,7 +92,7 @@ impl Place {
         command.current_dir(&self.root).env("CARGO_HOME", &self.cargo_home);
         command.env("VXMON_TRIM_PATHS", "1").env_remove("RUSTFLAGS");
         command.args(["build", "--release", "--package=vxmon", "--bin=vxmon", "--config", &flags, "--target-dir"]);
-        let path = cargo::executable(command.arg(&self.build))?;
+        let path = cargo::executable(command.arg(self.root.join("target/image/build")))?;
         cargo::check(&path)?;
         Ok(path)
     }
@@ -93,28 +100,31 @@ impl Place {
 
 fn verify(first: &Place, image: &Path, revision: Option<&str>) -> Result<()> {
     ensure!(revision.is_some_and(|revision| !revision.ends_with("-dirty")), "--verify needs a commit without changes");
-    let elsewhere = env::temp_dir().join(format!("vxmon-image-{}", std::process::id()));
+    let elsewhere = env::temp_dir().canonicalize()?.join(format!("vxmon-image-{}", std::process::id()));
     let _clean = Removed(elsewhere.clone());
-    let second = Place {
-        root: elsewhere.join("a/longer/path/source"),
-        build: elsewhere.join("build"),
-        cargo_home: elsewhere.join("cargo"),
-    };
+    let second = Place { root: elsewhere.join("a/longer/path/source"), cargo_home: elsewhere.join("cargo") };
     println!("once more, in {}", elsewhere.display());
     fs::create_dir_all(&second.cargo_home)?;
     proc::run(Command::new("git").args(["clone", "--quiet", "--shared"]).args([&first.root, &second.root]))?;
-    // What is downloaded and what it is built with are the same; where they are is not.
+    // Whatever has been committed meanwhile.
+    proc::run(
+        Command::new("git").arg("-C").arg(&second.root).args(["checkout", "--quiet", "--detach"]).args(revision),
+    )?;
+    // What is downloaded and what it is built with are the same; where they are is not. Sources are unpacked once more: rustc
+    // takes its working directory for what it is, not for the symbolic link that leads there.
     fs::create_dir_all(second.root.join("target"))?;
     symlink(first.root.join("target/tools"), second.root.join("target/tools"))?;
-    for shared in ["registry", "config.toml"] {
+    fs::create_dir_all(second.cargo_home.join("registry"))?;
+    for shared in ["registry/cache", "registry/index", "config.toml"] {
         let from = first.cargo_home.join(shared);
         if from.exists() {
             symlink(from, second.cargo_home.join(shared))?;
         }
     }
-    second.make(&elsewhere.join("image"), revision)?;
+    let again = elsewhere.join("image");
+    second.make(&again, revision)?;
     for file in ["oci/index.json", "vxmon.tar"] {
-        let same = fs::read(image.join(file))? == fs::read(elsewhere.join("image").join(file))?;
+        let same = fs::read(image.join(file))? == fs::read(again.join(file))?;
         ensure!(same, "{file} differs: the image is not reproducible");
     }
     println!("the same bytes");
@@ -130,11 +140,31 @@ impl Drop for Removed {
     }
 }
 
-fn cargo_home() -> Result<PathBuf> {
-    match env::var_os("CARGO_HOME") {
-        Some(home) => Ok(home.into()),
-        None => Ok(PathBuf::from(env::var_os("HOME").context("neither CARGO_HOME nor HOME is set")?).join(".cargo")),
+/// Has programs that are started from now on loaded at the same addresses each time. LLVM puts types that are declared only into
+/// BTF in the order of their addresses (`BTFDebug`, llvm/lib/Target/BPF/BTFDebug.cpp): of eight links of the same bitcode, one
+/// object came out in four forms, with fixed addresses always in one. Not where seccomp forbids it, as in some containers.
+fn fixed_addresses() {
+    const QUERY: libc::c_ulong = 0xffff_ffff;
+    const RANDOM_OFF: libc::c_ulong = 0x004_0000; // ADDR_NO_RANDOMIZE
+    // SAFETY: neither call touches memory; this process stays as it is, since addresses are chosen by execve().
+    let set = unsafe {
+        let current = libc::personality(QUERY);
+        libc::personality(libc::c_ulong::from(current.cast_unsigned()) | RANDOM_OFF)
+    };
+    if set < 0 {
+        println!(
+            "addresses stay random (personality(2) is refused), so eBPF objects may differ in the order of their types"
+        );
     }
+}
+
+/// cargo's home, as the working directory of a process in it reads.
+fn cargo_home() -> Result<PathBuf> {
+    let home = match env::var_os("CARGO_HOME") {
+        Some(home) => PathBuf::from(home),
+        None => PathBuf::from(env::var_os("HOME").context("neither CARGO_HOME nor HOME is set")?).join(".cargo"),
+    };
+    home.canonicalize().with_context(|| format!("no cargo home {}", home.display()))
 }
 
 /// The commit, marked if the files are not those of the commit.

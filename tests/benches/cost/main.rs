@@ -5,6 +5,7 @@
 mod daemon;
 mod program;
 mod rules;
+mod sockets;
 mod stats;
 mod table;
 mod traffic;
@@ -24,9 +25,10 @@ fn main() -> Result<()> {
     }
     cleanup::on_interrupt()?;
     let mut table = Table::new();
-    let parts: [(&str, Part); 4] = [
+    let parts: [(&str, Part); 5] = [
         ("program", program::measure),
         ("traffic", traffic::measure),
+        ("sockets", sockets::measure),
         ("daemon", daemon::measure),
         ("rules", rules::measure),
     ];

@@ -7,6 +7,8 @@
 pub enum Limit {
     /// Told, not judged.
     None,
+    /// Told beside a limit that is about something else.
+    Information(f64),
     /// At most so much.
     AtMost(f64),
     /// At least so much.
@@ -39,20 +41,22 @@ impl Table {
 
     /// A measurement. The unit belongs to all three numbers.
     pub fn line(&mut self, what: &str, measured: f64, unit: &str, baseline: &str, limit: Limit) {
-        let (limit, missed) = match limit {
+        let (text, missed) = match limit {
             Limit::None => (String::new(), None),
+            Limit::Information(other) => (format!("({other} {unit})"), None),
             Limit::AtMost(most) => (format!("<= {most} {unit}"), Some(measured > most)),
             Limit::AtLeast(least) => (format!(">= {least} {unit}"), Some(measured < least)),
         };
-        let mark = match missed {
-            None => "",
-            Some(false) => "ok",
-            Some(true) => "OVER THE LIMIT",
+        let mark = match (missed, limit) {
+            (None, Limit::Information(_)) => "information",
+            (None, _) => "",
+            (Some(false), _) => "ok",
+            (Some(true), _) => "OVER THE LIMIT",
         };
         self.judged += u32::from(missed.is_some());
         self.missed += u32::from(missed == Some(true));
         let digits = if measured < 1000.0 { 1 } else { 0 };
-        print(what, &format!("{measured:.digits$} {unit}"), baseline, &limit, mark);
+        print(what, &format!("{measured:.digits$} {unit}"), baseline, &text, mark);
     }
 
     /// The last line.

@@ -30,7 +30,11 @@ const ROUNDS: usize = 5;
 const SECONDS: u32 = 2;
 
 pub fn measure(table: &mut Table) -> Result<()> {
-    table.section("ns a packet over an empty TC program (real traffic, the kernel's count of time in programs)");
+    table.section("ns a packet over an empty TC program, in real traffic");
+    table.note(
+        "Information, beside the limits for packets that the cache holds, above: here vxmon's program is the first to",
+    );
+    table.note("read a packet's headers, or all of it, and waits for memory; the empty one reads nothing.");
     let segmented = || LabOptions { segmentation: false, ..LabOptions::default() };
     let bulk = |lab: &Lab| {
         let server = BulkServer::start(&lab.b, lab.pod_socket(Family::V4))?;
@@ -129,7 +133,7 @@ fn counted(
     let share = 100.0 * of.unwrap_or(0) as f64 / seen.unwrap_or(0) as f64;
     ensure!(share > 30.0, "{what}: only {share:.0} % of the packets are {verdict}: {packets}");
     let baseline = format!("empty {:.1} ns", empty.mean());
-    table.line(what, ours.mean() - empty.mean(), "ns", &baseline, Limit::AtMost(limit));
+    table.line(what, ours.mean() - empty.mean(), "ns", &baseline, Limit::Information(limit));
     table.note(&format!("{} packets, {share:.1} % of them {verdict}", ours.count));
     Ok(())
 }

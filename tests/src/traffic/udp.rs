@@ -153,11 +153,17 @@ impl UdpClient {
     pub fn ask(&self, size: usize, limit: Duration) -> Result<Option<Duration>> {
         let start = Instant::now();
         self.send(size, UdpMode::Plain)?;
-        self.socket.set_read_timeout(Some(limit))?;
-        match self.socket.recv(&mut [0; 512]) {
-            Ok(_) => Ok(Some(start.elapsed())),
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Ok(None),
-            Err(error) => Err(error).context("no answer"),
+        loop {
+            // 0 would be for ever.
+            let left = limit.saturating_sub(start.elapsed()).max(Duration::from_millis(1));
+            self.socket.set_read_timeout(Some(left))?;
+            match self.socket.recv(&mut [0; 512]) {
+                Ok(_) => return Ok(Some(start.elapsed())),
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => return Ok(None),
+                // With a timeout, also where no signal has a handler: after the process was stopped or frozen (signal(7)).
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error).context("no answer"),
+            }
         }
     }
 

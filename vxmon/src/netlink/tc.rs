@@ -1,5 +1,7 @@
 //! The clsact qdisc and the filters on it, for kernels without tcx: whether it is there, who else uses it, and removing
 //! what is ours. It never attaches a program (aya does), and never removes what it was not told to remove.
+//!
+//! Errors say what was asked for, and leave it to the caller to name the device, which is known here by its index only.
 
 use netlink_packet_core::{Emitable, NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL};
 use netlink_packet_route::{
@@ -101,10 +103,9 @@ pub struct Filter {
 /// [`Error::Refused`] with `ENODEV` if there is no such device; otherwise see [`Socket::request`].
 pub fn hook_qdisc(socket: &mut Socket, ifindex: u32) -> Result<Option<String>, Error> {
     let message = RouteNetlinkMessage::GetQueueDiscipline(message(ifindex, TcHandle::CLSACT));
-    let request = format!("read the clsact qdisc of the device with index {ifindex}");
     // Without the flag the answer goes to the listeners of the TC group, and not to who asked (qdisc_notify,
     // net/sched/sch_api.c).
-    let found = socket.request(&request, NLM_F_ECHO, &message, decode_qdisc);
+    let found = socket.request("read the clsact qdisc", NLM_F_ECHO, &message, decode_qdisc);
     match found {
         Ok(kinds) => Ok(kinds.into_iter().next()),
         // ENOENT: no such qdisc. EINVAL: a built-in one, which is not shown.
@@ -130,11 +131,8 @@ pub fn clsact_add(socket: &mut Socket, ifindex: u32) -> Result<Added, Error> {
     let mut message = message(ifindex, TcHandle::CLSACT);
     message.header.handle = TcHandle { minor: 0, ..TcHandle::CLSACT };
     message.attributes.push(TcAttribute::Kind(CLSACT.into()));
-    let request = format!("add a clsact qdisc to the device with index {ifindex}");
-    let added =
-        socket.request(&request, NLM_F_CREATE | NLM_F_EXCL, &RouteNetlinkMessage::NewQueueDiscipline(message), |_| {
-            None::<()>
-        });
+    let message = RouteNetlinkMessage::NewQueueDiscipline(message);
+    let added = socket.request("add a clsact qdisc", NLM_F_CREATE | NLM_F_EXCL, &message, |_| None::<()>);
     match added {
         Ok(_) => Ok(Added::Created),
         Err(error) if error.errno() == Some(Errno::EEXIST) => match hook_qdisc(socket, ifindex)? {
@@ -153,8 +151,8 @@ pub fn clsact_del(socket: &mut Socket, ifindex: u32) -> Result<(), Error> {
     let mut message = message(ifindex, TcHandle::CLSACT);
     message.header.handle = TcHandle { minor: 0, ..TcHandle::CLSACT };
     message.attributes.push(TcAttribute::Kind(CLSACT.into()));
-    let request = format!("remove the clsact qdisc of the device with index {ifindex}");
-    socket.request(&request, 0, &RouteNetlinkMessage::DelQueueDiscipline(message), |_| None::<()>).map(drop)
+    let message = RouteNetlinkMessage::DelQueueDiscipline(message);
+    socket.request("remove the clsact qdisc", 0, &message, |_| None::<()>).map(drop)
 }
 
 /// Removes the device's clsact qdisc if no filter is left on either side, and says whether it did. A filter that somebody
@@ -178,8 +176,7 @@ pub fn clsact_del_if_unused(socket: &mut Socket, ifindex: u32) -> Result<bool, E
 pub fn filters(socket: &mut Socket, ifindex: u32, direction: Direction) -> Result<Vec<Filter>, Error> {
     let parent = direction.parent();
     let message = RouteNetlinkMessage::GetTrafficFilter(message(ifindex, parent));
-    let request = format!("list {direction} filters of the device with index {ifindex}");
-    let found = socket.dump(&request, &message, decode);
+    let found = socket.dump(&format!("list {direction} filters"), &message, decode);
     match found {
         Ok(mut filters) => {
             filters.sort_by_key(|filter| (filter.chain, filter.priority));
@@ -204,7 +201,7 @@ pub fn filter_del(
     handle: u32,
     protocol: u16,
 ) -> Result<(), Error> {
-    let request = format!("remove {direction} filter {priority}:{handle:#x} of the device with index {ifindex}");
+    let request = format!("remove {direction} filter {priority}:{handle:#x}");
     if priority == 0 || handle == 0 {
         let detail = Some("0 would mean every filter".to_owned());
         return Err(Error::Refused { request, errno: Errno::EINVAL, detail });

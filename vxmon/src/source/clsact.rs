@@ -16,6 +16,7 @@ use std::{
 use nix::errno::Errno;
 use vxmon_common::config;
 
+use super::tc::TcError;
 use crate::netlink::{
     self, link,
     socket::{Protocol, Socket},
@@ -58,9 +59,23 @@ fn hold(number: u16) -> io::Result<UnixDatagram> {
     UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(format!("vxmon/clsact/{number}"))?)
 }
 
+/// What went wrong with a device's clsact qdisc.
+#[derive(Debug, thiserror::Error)]
+#[error("{device}: {source}")]
+pub struct ClsactError {
+    /// The device, by name.
+    device: String,
+    /// What could not be done, and why.
+    source: netlink::Error,
+}
+
 /// Makes sure the device has a clsact qdisc; whether vxmon made it: now, or another one that watches the device too, so
 /// that whoever ends last removes it.
-pub fn prepare(ifindex: u32) -> Result<bool, netlink::Error> {
+pub fn prepare(device: &str, ifindex: u32) -> Result<bool, ClsactError> {
+    made_by_vxmon(ifindex).map_err(|source| ClsactError { device: device.to_owned(), source })
+}
+
+fn made_by_vxmon(ifindex: u32) -> Result<bool, netlink::Error> {
     let mut socket = Socket::open(Protocol::Route)?;
     if matches!(tc::clsact_add(&mut socket, ifindex)?, Added::Created) {
         return Ok(true);
@@ -83,18 +98,18 @@ pub fn holds(ifindex: u32) -> bool {
 }
 
 /// Removes the qdisc that vxmon made, unless it is in use by others by now.
-pub fn tidy(ifindex: u32, made_clsact: bool) {
+pub fn tidy(device: &str, ifindex: u32, made_clsact: bool) {
     if !made_clsact {
         return;
     }
     let removed = Socket::open(Protocol::Route).and_then(|mut socket| tc::clsact_del_if_unused(&mut socket, ifindex));
     if let Err(error) = removed {
-        log::debug!("clsact of device {ifindex}: {error}"); // a device that has vanished took it along
+        log::debug!("{device}: {error}"); // a device that has vanished took it along
     }
 }
 
 /// Removes what killed instances left in this namespace; the devices concerned, by name.
-pub fn remove_leftovers() -> Result<Vec<String>, netlink::Error> {
+pub fn remove_leftovers() -> Result<Vec<String>, TcError> {
     let mut socket = Socket::open(Protocol::Route)?;
     let mut cleaned = Vec::new();
     for link in link::links(&mut socket)? {
@@ -103,7 +118,7 @@ pub fn remove_leftovers() -> Result<Vec<String>, netlink::Error> {
             Ok(false) => {}
             // The device, or the filter, has vanished meanwhile.
             Err(error) if matches!(error.errno(), Some(Errno::ENODEV | Errno::ENOENT | Errno::EINVAL)) => {}
-            Err(error) => return Err(error),
+            Err(source) => return Err(ClsactError { device: link.name, source }.into()),
         }
     }
     Ok(cleaned)

@@ -71,7 +71,10 @@ pub enum TcError {
     /// No number is free for this instance's filters.
     #[error("cannot take a number for this instance of vxmon: {0}")]
     Instance(std::io::Error),
-    /// The clsact qdisc could not be handled.
+    /// A device's clsact qdisc could not be handled.
+    #[error(transparent)]
+    Clsact(#[from] clsact::ClsactError),
+    /// What others left could not be looked for.
     #[error(transparent)]
     Netlink(#[from] netlink::Error),
 }
@@ -230,7 +233,7 @@ impl Tc {
             Some(instance) => instance,
             None => self.instance.insert(clsact::Instance::claim().map_err(TcError::Instance)?),
         };
-        let made_clsact = clsact::prepare(watch.ifindex)?;
+        let made_clsact = clsact::prepare(&watch.name, watch.ifindex)?;
         let handle = instance.handle(made_clsact);
         let program = program(&mut self.ebpf, name)?;
         let mut result = Err(TcError::TooMany);
@@ -243,7 +246,7 @@ impl Tc {
                 Err(error) => result = Err(failed(error)),
             }
         }
-        clsact::tidy(watch.ifindex, made_clsact);
+        clsact::tidy(&watch.name, watch.ifindex, made_clsact);
         result
     }
 
@@ -408,7 +411,7 @@ impl Engine for Tc {
                 log::debug!("{}: {error}", watch.name);
             }
         }
-        clsact::tidy(ifindex, made_clsact);
+        clsact::tidy(&watch.name, ifindex, made_clsact);
         self.write_tables()?;
         Ok(self.slot_counters(slot)?)
     }
