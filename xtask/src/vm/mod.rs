@@ -2,10 +2,12 @@
 //! shared read-only, what is written goes to the guest's memory.
 //!
 //! # Layout
-//! - [`kernel`]: which kernels, and where they come from. [`fault_a`]: builds the one that has fault A.
+//! - [`kernel`]: which kernels, and where they come from. [`fault_a`]: builds the one that has fault A. [`cache`]: where they
+//!   are kept.
 //! - [`initramfs`], [`qemu`]: how a guest comes up and ends. `xtask/vm/` has what runs in it.
 //! - [`job`]: what a guest runs. [`report`]: what is printed.
 
+mod cache;
 mod fault_a;
 mod initramfs;
 mod job;
@@ -100,7 +102,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     }
     let kernels = choose(&options.kernels, options.quick)?;
     if options.fetch {
-        setup::run(Scope::Kernels)?;
+        setup::guests()?;
         for kernel in kernels {
             match kernel.image(options.update) {
                 Ok(image) => println!("{:8} {}", kernel.name, image.vmlinuz.display()),
@@ -109,18 +111,24 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let vxmon = if options.dev { cargo::build_dev(Scope::Kernels) } else { cargo::build(Scope::Kernels) }?;
+    let vxmon = if options.dev { cargo::build_dev(Scope::Everything) } else { cargo::build(Scope::Everything) }?;
+    setup::guests()?;
     let jobs = jobs(options, &vxmon)?;
     let reports = run_all(&kernels, &jobs, options)?;
     print!("\n{}", report::text(&reports));
     let json = serde_json::to_string_pretty(&report::json(&reports))?;
-    fs::write(kernel::cache()?.join("report.json"), &json)?;
+    fs::write(directory()?.join("report.json"), &json)?;
     if let Some(path) = &options.json {
         fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
     }
     let sums = reports.iter().map(KernelReport::counts).fold((0, 0, 0), |a, b| (a.0 + b.0, a.1 + b.1, a.2 + b.2));
     println!("{} passed, {} failed, {} skipped", sums.0, sums.1, sums.2);
     Ok(if sums.1 == 0 && sums.0 > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// `target/vm`: what guests ran, and what they said.
+fn directory() -> Result<PathBuf> {
+    Ok(cargo::root()?.join("target/vm"))
 }
 
 fn choose(names: &[String], quick: bool) -> Result<Vec<Kernel>> {
@@ -212,11 +220,11 @@ fn run_one(kernel: &Kernel, jobs: &[Job], options: &Options) -> Result<KernelRep
             return Ok(report);
         }
     };
-    let run = kernel::cache()?.join("runs").join(kernel.name);
+    let run = directory()?.join("runs").join(kernel.name);
     let _ = fs::remove_dir_all(&run);
     fs::create_dir_all(&run)?;
     fs::write(run.join("jobs"), jobs.iter().map(Job::line).collect::<String>())?;
-    let accel = options.accel.resolve(&image, &kernel::cache()?.join("runs/kvm"))?;
+    let accel = options.accel.resolve(&image, &directory()?.join("runs/kvm"))?;
     let limit = Duration::from_secs(BOOT_LIMIT + jobs.iter().map(|job| job.limit + 15).sum::<u64>());
     let start = Instant::now();
     eprintln!("vm: kernel {}: booting ({accel:?}); console in {}", kernel.name, run.join("console.log").display());
