@@ -7,7 +7,7 @@
 //! - [`netns`]: a namespace that is deleted when dropped; [`Netns::command`] runs a program in it, [`Netns::enter`] a
 //!   closure.
 //! - [`cleanup`]: what is left to do when the process is interrupted.
-//! - [`lab`]: the two nodes and how they are wired. [`rules`]: the NAT rules of node a.
+//! - [`lab`]: the two nodes and how they are wired. [`topology`]: devices stacked on the wire. [`rules`]: the NAT rules of node a.
 //! - [`ipvs`]: a service as kube-proxy's ipvs mode makes it.
 //! - [`traffic`]: HTTP, bulk TCP, UDP, ICMP echo, iperf3, and frames sent as they are.
 //! - [`capture`]: tcpdump's verdict on checksums, pcap files. [`counters`]: conntrack entries, `UdpInCsumErrors`, and big
@@ -45,11 +45,13 @@ pub mod lab;
 pub mod netns;
 pub mod rules;
 pub mod skip;
+pub mod topology;
 pub mod traffic;
 pub mod vxmon;
 
 pub use capture::{Capture, Captured};
-pub use lab::{Family, Lab, LabOptions, Topology};
+pub use lab::{Family, Lab, LabOptions};
 pub use netns::Netns;
 pub use rules::{Backend, RuleForm, Rules};
+pub use topology::Topology;
 pub use vxmon::Vxmon;

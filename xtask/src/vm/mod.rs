@@ -79,6 +79,9 @@ pub struct Options {
     /// Look for newer kernel packages
     #[arg(long)]
     update: bool,
+    /// Use this vxmon instead of building one
+    #[arg(long, hide = true)]
+    binary: Option<PathBuf>,
     /// Write the results there as JSON, too
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -111,7 +114,11 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let vxmon = if options.dev { cargo::build_dev(Scope::Everything) } else { cargo::build(Scope::Everything) }?;
+    let vxmon = match &options.binary {
+        Some(binary) => binary.canonicalize().with_context(|| format!("no {}", binary.display()))?,
+        None if options.dev => cargo::build_dev(Scope::Everything)?,
+        None => cargo::build(Scope::Everything)?,
+    };
     setup::guests()?;
     let jobs = jobs(options, &vxmon)?;
     let reports = run_all(&kernels, &jobs, options)?;
