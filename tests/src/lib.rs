@@ -14,7 +14,8 @@
 //!   packets at TC egress.
 //! - [`vxmon`]: a running `vxmon attach`.
 //! - [`container`]: vxmon's image, run by runc.
-//! - [`skip`]: how a test says that it cannot run here.
+//! - [`skip`]: how a test says that it cannot run here. [`pace`]: limits on slow machines. [`facts`]: what goes into the table
+//!   of kernels.
 //! - [`cmd`]: programs run to their end, with errors that say which one failed and why.
 //!
 //! # Use
@@ -40,9 +41,11 @@ pub mod cleanup;
 pub mod cmd;
 pub mod container;
 pub mod counters;
+pub mod facts;
 pub mod ipvs;
 pub mod lab;
 pub mod netns;
+pub mod pace;
 pub mod rules;
 pub mod skip;
 pub mod topology;

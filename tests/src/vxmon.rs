@@ -17,9 +17,9 @@ use nix::{
 };
 use serde_json::Value;
 
-use crate::{Netns, cmd};
+use crate::{Netns, cmd, pace};
 
-/// How long it may take to attach, or to end: in an emulated guest, without optimisation, reading the kernel's BTF takes seconds.
+/// How long it may take to attach, or to end: without optimisation, reading the kernel's BTF takes seconds on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A `vxmon attach` that runs in a namespace. Dropping it kills it.
@@ -310,7 +310,7 @@ impl Vxmon {
             if let Some(status) = self.child.try_wait()? {
                 break status;
             }
-            if start.elapsed() > limit {
+            if start.elapsed() > pace::limit(limit) {
                 bail!("vxmon did not end within {limit:?}; it said: {}", self.stderr().trim_end());
             }
             thread::sleep(Duration::from_millis(2));
@@ -331,7 +331,7 @@ impl Vxmon {
 
     /// Waits until the output satisfies `done`, is complete, or `limit` has passed.
     fn wait_until(&self, limit: Duration, done: impl Fn(&Output) -> bool) -> MutexGuard<'_, Output> {
-        let guard = self.lock();
+        let (guard, limit) = (self.lock(), pace::limit(limit));
         let waited = self.shared.changed.wait_timeout_while(guard, limit, |output| !done(output) && output.closed < 2);
         waited.unwrap_or_else(PoisonError::into_inner).0
     }

@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail};
 use nix::libc;
 
 use super::POLL;
-use crate::Netns;
+use crate::{Netns, pace};
 
 /// Largest payload of a datagram over IPv4.
 const LARGEST: usize = 65_507;
@@ -87,7 +87,7 @@ impl UdpServer {
     pub fn wait(&self, count: u64, limit: Duration) -> bool {
         let start = Instant::now();
         while self.datagrams() < count {
-            if start.elapsed() > limit {
+            if start.elapsed() > pace::limit(limit) {
                 return false;
             }
             thread::sleep(Duration::from_millis(1));
@@ -153,7 +153,7 @@ impl UdpClient {
     pub fn ask(&self, size: usize, limit: Duration) -> Result<Option<Duration>> {
         let start = Instant::now();
         self.send(size, UdpMode::Plain)?;
-        self.socket.set_read_timeout(Some(limit))?;
+        self.socket.set_read_timeout(Some(pace::answer(limit)))?;
         match self.socket.recv(&mut [0; 512]) {
             Ok(_) => Ok(Some(start.elapsed())),
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Ok(None),

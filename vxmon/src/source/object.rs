@@ -14,6 +14,10 @@ pub static NAT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/v
 #[doc(hidden)]
 pub static TEST: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/vxmon-test"));
 
+/// Every object that the daemon may load, by the name of the program it is built from: for tests that count.
+#[doc(hidden)]
+pub static ALL: [(&str, &[u8]); 2] = [("vxmon", MAIN), ("vxmon-nat", NAT)];
+
 /// `BPF_JMP | BPF_CALL` (include/uapi/linux/bpf.h).
 const CALL: u8 = 0x85;
 /// `BPF_PSEUDO_KFUNC_CALL` as the source register of a call: the number is that of a kernel function.
