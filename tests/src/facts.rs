@@ -8,5 +8,6 @@ use anyhow::{Context, Result};
 pub fn write(name: &str, value: impl Display) -> Result<()> {
     let Some(path) = std::env::var_os("VXMON_FACTS") else { return Ok(()) };
     let file = OpenOptions::new().create(true).append(true).open(&path);
-    file.and_then(|mut file| writeln!(file, "{name}={value}")).with_context(|| format!("cannot write {}", path.display()))
+    file.and_then(|mut file| writeln!(file, "{name}={value}"))
+        .with_context(|| format!("cannot write {}", path.display()))
 }

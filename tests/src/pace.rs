@@ -23,5 +23,6 @@ pub fn answer(limit: Duration) -> Duration {
 #[must_use]
 pub fn slowness() -> u32 {
     static SLOWNESS: OnceLock<u32> = OnceLock::new();
-    *SLOWNESS.get_or_init(|| std::env::var("VXMON_SLOWNESS").ok().and_then(|text| text.parse().ok()).unwrap_or(1).max(1))
+    *SLOWNESS
+        .get_or_init(|| std::env::var("VXMON_SLOWNESS").ok().and_then(|text| text.parse().ok()).unwrap_or(1).max(1))
 }

@@ -45,15 +45,8 @@ const ACTIVE_BACKUP: Layer = Layer::Bond { mode: "active-backup" };
 
 impl Topology {
     /// Those with devices that not every kernel has.
-    pub const RARE: [Self; 7] = [
-        Self::Vlan,
-        Self::TaggedVlan,
-        Self::Qinq,
-        Self::Bond,
-        Self::BondInTurn,
-        Self::BondVlan,
-        Self::VlanBridge,
-    ];
+    pub const RARE: [Self; 7] =
+        [Self::Vlan, Self::TaggedVlan, Self::Qinq, Self::Bond, Self::BondInTurn, Self::BondVlan, Self::VlanBridge];
 
     /// From the lowest to the one that has the addresses.
     fn layers(self, side: Side) -> &'static [Layer] {

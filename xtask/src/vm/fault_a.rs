@@ -22,9 +22,10 @@ pub fn image(cache: &Cache) -> Result<Image> {
     let digest = Sha256::new().chain_update(CONFIG).chain_update(PATCH).finalize();
     let digest: String = digest.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
     // Of whatever version the source was: to look whether there is a newer one, it would have to be installed first.
-    let built = cache.names().into_iter().rfind(|name| {
-        name.strip_prefix("fault-a-").is_some_and(|rest| rest.strip_suffix(&digest).is_some())
-    });
+    let built = cache
+        .names()
+        .into_iter()
+        .rfind(|name| name.strip_prefix("fault-a-").is_some_and(|rest| rest.strip_suffix(&digest).is_some()));
     let entry = match built.and_then(|name| cache.find(&name)) {
         Some(entry) if !Path::new(SOURCE).exists() => entry,
         _ => {

@@ -23,9 +23,10 @@ pub struct Job {
 
 impl Job {
     /// The tests `filter` (all, if there is none) of a test binary.
-    pub fn tests(name: &str, binary: &Path, vxmon: &Path, filter: &[&str], limit: u64) -> Self {
+    pub fn tests(name: &str, binary: &Path, vxmon: &Path, filter: &[String], limit: u64) -> Self {
         let mut command = format!(
-            "VXMON_BIN='{}' VXMON_SKIP_FILE=/run/results/{name}.skip VXMON_TRANSCRIPT=/run/results/{name}.transcript '{}'",
+            "VXMON_BIN='{}' VXMON_SKIP_FILE=/run/results/{name}.skip VXMON_FACTS=/run/results/{name}.facts \
+             VXMON_TRANSCRIPT=/run/results/{name}.transcript '{}'",
             vxmon.display(),
             binary.display()
         );
