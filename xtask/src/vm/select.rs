@@ -26,7 +26,7 @@ type Choice = (&'static str, &'static [&'static str]);
 
 /// What is run on each kernel, in this order: what depends on the kernel. The others (manifests, log and metrics, readers of
 /// the live log) are the same everywhere, and a matrix of hundreds of labs would take an emulated machine a day.
-pub const LAB: [Choice; 16] = [
+pub const LAB: [Choice; 17] = [
     (SMOKE, &[]),
     ("verifier", &[]),
     ("fault_a", &[]),
@@ -34,6 +34,7 @@ pub const LAB: [Choice; 16] = [
     ("coexistence", &[]),
     ("stacked", &[]),
     ("observed", &[]),
+    ("capabilities", &[]),
     ("attach", &[]),
     ("nat_rules", &[]),
     ("packet_socket", &[]),
