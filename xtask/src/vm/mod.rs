@@ -25,7 +25,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 
 pub use self::report::KernelReport;
 use self::{
@@ -100,6 +100,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         for kernel in kernels {
             match kernel.image(options.update) {
                 Ok(image) => println!("{:8} {}", kernel.name, image.vmlinuz.display()),
+                Err(_) if proc::stop_signal().is_some() => bail!("interrupted"),
                 Err(error) => println!("{:8} not to be had here: {error:#}", kernel.name),
             }
         }
@@ -146,9 +147,8 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     Ok(if count.failed == 0 && count.passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// The part that belongs to all tests: [`select::QUICK`], with this vxmon. An error is why it cannot be run here.
+/// The part that belongs to all tests: [`select::QUICK`], with this vxmon.
 pub fn quick(vxmon: &Path) -> Result<Vec<KernelReport>> {
-    setup::guests()?;
     let jobs = select::quick_jobs(vxmon)?;
     let mut reports = Vec::new();
     for (name, jobs) in jobs {
@@ -188,6 +188,7 @@ fn run_one(kernel: &Kernel, jobs: &[Job], update: bool, accel: Accel) -> Result<
     let image = match kernel.image(update) {
         Ok(image) => image,
         Err(error) => {
+            ensure!(proc::stop_signal().is_none(), "interrupted");
             eprintln!("vm: kernel {}: {error:#}", kernel.name);
             report.unavailable = Some(format!("{error:#}"));
             return Ok(report);
