@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
 use super::{
+    directory,
     kernel::KERNELS,
     report::{KernelReport, outcome_json},
     select::LAB,
@@ -30,7 +31,11 @@ pub struct Kept {
 
 impl Kept {
     /// Reads what is there.
-    pub fn open(path: PathBuf) -> Result<Self> {
+    pub fn open() -> Result<Self> {
+        Self::at(directory()?.join("results.json"))
+    }
+
+    fn at(path: PathBuf) -> Result<Self> {
         let kernels = match fs::read(&path) {
             Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| format!("cannot read {}", path.display()))?,
             Err(_) => BTreeMap::new(),
@@ -190,7 +195,6 @@ mod tests_of_it {
             facts: BTreeMap::from([("release".to_owned(), "6.1.0-1".to_owned())]),
             results: results.iter().map(|(name, outcome)| ((*name).to_owned(), outcome.clone())).collect(),
             unavailable: None,
-            broken: None,
             seconds: 1,
         }
     }
@@ -198,12 +202,12 @@ mod tests_of_it {
     #[test]
     fn a_run_renews_its_own_tests_only() {
         let path = std::env::temp_dir().join(format!("vxmon-kept-{}", std::process::id()));
-        let mut kept = Kept::open(path.clone()).unwrap();
+        let mut kept = Kept::at(path.clone()).unwrap();
         let failed = Outcome::Failed("1 is not 2\nand more".to_owned());
         kept.add(&report(&[("recall::a", failed), ("recall::b", Outcome::Passed)]), "first").unwrap();
         kept.add(&report(&[("recall::a", Outcome::Passed), ("demo", Outcome::Skipped("no".to_owned()))]), "second")
             .unwrap();
-        let text = Kept::open(path.clone()).unwrap().markdown();
+        let text = Kept::at(path.clone()).unwrap().markdown();
         fs::remove_file(path).unwrap();
         let row = |name: &str| text.lines().find(|line| line.starts_with(&format!("| {name} |"))).unwrap().to_owned();
         assert_eq!(row("recall"), "| recall | not run | not run | 2 | not run | not run | not run |");

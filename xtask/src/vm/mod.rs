@@ -20,6 +20,7 @@ mod select;
 use std::{
     collections::BTreeMap,
     fs,
+    ops::Add as _,
     path::{Path, PathBuf},
     process::ExitCode,
     time::{Duration, Instant},
@@ -27,12 +28,12 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-pub use self::report::KernelReport;
 use self::{
     job::{Job, Outcome},
     kept::Kept,
     kernel::{KERNELS, Kernel},
     qemu::{Accel, Guest},
+    report::KernelReport,
 };
 use crate::{
     cargo, proc,
@@ -106,10 +107,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let mut kept = Kept::open(directory()?.join("results.json"))?;
     if options.kept {
         let path = options.markdown.as_deref().context("--kept is for --markdown")?;
-        kept.write(path)?;
+        Kept::open()?.write(path)?;
         return Ok(ExitCode::SUCCESS);
     }
     let vxmon = match &options.binary {
@@ -118,42 +118,41 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         None => cargo::build(Scope::Everything)?,
     };
     setup::guests()?;
-    let runs: Vec<(Kernel, Vec<Job>)> = if options.quick {
-        let jobs = select::quick_jobs(&vxmon)?.into_iter();
-        jobs.map(|(name, jobs)| Ok((find(name)?, jobs))).collect::<Result<_>>()?
+    let runs = if options.quick {
+        select::quick(&vxmon)?
     } else {
         let jobs = select::jobs(options, &vxmon)?;
         kernels.into_iter().map(|kernel| (kernel, jobs.clone())).collect()
     };
-    let title = kept::run_title()?;
-    let mut reports = Vec::new();
-    for (kernel, jobs) in &runs {
-        let report = run_one(kernel, jobs, options.update, options.accel)?;
-        // Also if it was interrupted: what has ended has ended.
-        kept.add(&report, &title)?;
-        ensure!(proc::stop_signal().is_none(), "interrupted");
-        reports.push(report);
-    }
-    print!("\n{}", report::text(&reports));
+    let reports = run_all(&runs, options.update, options.accel)?;
     if let Some(path) = &options.json {
         let json = serde_json::to_string_pretty(&report::json(&reports))?;
         fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
     }
     if let Some(path) = &options.markdown {
-        kept.write(path)?;
+        Kept::open()?.write(path)?;
     }
-    let count = reports.iter().map(KernelReport::count).fold(Count::default(), |sum, count| sum + count);
+    let count = reports.iter().map(KernelReport::count).fold(Count::default(), Count::add);
     println!("{count}");
     Ok(if count.failed == 0 && count.passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// The part that belongs to all tests: [`select::QUICK`], with this vxmon.
-pub fn quick(vxmon: &Path) -> Result<Vec<KernelReport>> {
-    let jobs = select::quick_jobs(vxmon)?;
+/// The part that belongs to all tests, with this vxmon; prints its table.
+pub fn quick(vxmon: &Path) -> Result<Count> {
+    let reports = run_all(&select::quick(vxmon)?, false, Accel::Auto)?;
+    Ok(reports.iter().map(KernelReport::count).fold(Count::default(), Count::add))
+}
+
+/// Runs one guest after the other, keeps their results, and prints the table.
+fn run_all(runs: &[(Kernel, Vec<Job>)], update: bool, accel: Accel) -> Result<Vec<KernelReport>> {
+    let (mut kept, title) = (Kept::open()?, kept::run_title()?);
     let mut reports = Vec::new();
-    for (name, jobs) in jobs {
-        reports.push(run_one(&find(name)?, &jobs, false, Accel::Auto)?);
+    for (kernel, jobs) in runs {
+        let report = run_one(kernel, jobs, update, accel)?;
+        // Also if it was interrupted: what has ended has ended.
+        kept.add(&report, &title)?;
         ensure!(proc::stop_signal().is_none(), "interrupted");
+        reports.push(report);
     }
     print!("\n{}", report::text(&reports));
     Ok(reports)
@@ -161,7 +160,9 @@ pub fn quick(vxmon: &Path) -> Result<Vec<KernelReport>> {
 
 /// `target/vm`: what guests ran, and what they said.
 fn directory() -> Result<PathBuf> {
-    Ok(cargo::root()?.join("target/vm"))
+    let path = cargo::root()?.join("target/vm");
+    fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
+    Ok(path)
 }
 
 /// Those with these names; all, if there are none.
@@ -182,7 +183,6 @@ fn run_one(kernel: &Kernel, jobs: &[Job], update: bool, accel: Accel) -> Result<
         facts: BTreeMap::new(),
         results: BTreeMap::new(),
         unavailable: None,
-        broken: None,
         seconds: 0,
     };
     let image = match kernel.image(update) {
@@ -219,13 +219,16 @@ fn run_one(kernel: &Kernel, jobs: &[Job], update: bool, accel: Accel) -> Result<
         }
         Ok(())
     });
-    report.broken = ran.err().map(|error| format!("{error:#}"));
     report.seconds = start.elapsed().as_secs();
     for job in jobs {
         for (name, outcome) in job::results(job, &run)?.unwrap_or_default() {
             report.results.insert(if job.harness { format!("{}::{name}", job.name) } else { name }, outcome);
         }
         read_facts(&run.join(format!("{}.facts", job.name)), &mut report.facts);
+    }
+    if let (Err(error), None) = (ran, proc::stop_signal()) {
+        let name = jobs.get(ended).map_or("guest", |job| job.name.as_str());
+        report.results.insert(name.to_owned(), Outcome::Failed(format!("{error:#}")));
     }
     read_facts(&run.join("facts"), &mut report.facts);
     let warnings = fs::read_to_string(run.join("dmesg.bad")).unwrap_or_default();

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use super::{Options, job::Job};
+use super::{Options, find, job::Job, kernel::Kernel};
 use crate::cargo;
 
 /// The package whose tests run in guests.
@@ -47,7 +47,7 @@ pub const LAB: [Choice; 17] = [
 ];
 
 /// What is run as part of all tests, by kernel: what differs most, in little time.
-pub const QUICK: [(&str, &[Choice]); 2] = [
+const QUICK: [(&str, &[Choice]); 2] = [
     (
         "fault-a",
         &[
@@ -98,15 +98,13 @@ pub fn jobs(options: &Options, vxmon: &Path) -> Result<Vec<Job>> {
     Ok(jobs)
 }
 
-/// The jobs of [`QUICK`], by kernel.
-pub fn quick_jobs(vxmon: &Path) -> Result<Vec<(&'static str, Vec<Job>)>> {
-    QUICK
-        .iter()
-        .map(|(kernel, choices)| {
-            let choices: Vec<_> = choices.iter().map(|&choice| owned(choice)).collect();
-            Ok((*kernel, make(&choices, vxmon)?))
-        })
-        .collect()
+/// The kernels of [`QUICK`], and what is run on each.
+pub fn quick(vxmon: &Path) -> Result<Vec<(Kernel, Vec<Job>)>> {
+    let run = |(kernel, choices): &(&str, &[Choice])| {
+        let choices: Vec<_> = choices.iter().map(|&choice| owned(choice)).collect();
+        Ok((find(kernel)?, make(&choices, vxmon)?))
+    };
+    QUICK.iter().map(run).collect()
 }
 
 fn owned((name, tests): Choice) -> (String, Vec<String>) {
