@@ -145,12 +145,12 @@ pub fn quick(vxmon: &Path) -> Result<Count> {
 
 /// Runs one guest after the other, keeps their results, and prints the table.
 fn run_all(runs: &[(Kernel, Vec<Job>)], update: bool, accel: Accel) -> Result<Vec<KernelReport>> {
-    let (mut kept, title) = (Kept::open()?, kept::run_title()?);
+    let title = kept::run_title()?;
     let mut reports = Vec::new();
     for (kernel, jobs) in runs {
         let report = run_one(kernel, jobs, update, accel)?;
         // Also if it was interrupted: what has ended has ended.
-        kept.add(&report, &title)?;
+        Kept::open()?.add(&report, &title)?;
         ensure!(proc::stop_signal().is_none(), "interrupted");
         reports.push(report);
     }
