@@ -74,23 +74,7 @@ impl Cache {
 
     /// Waits until no other process has `name`.
     pub fn lock(&self, name: &str) -> Result<File> {
-        // The file stays: whoever removed it might remove one that another process has just locked.
-        let path = self.path(&format!("{name}.lock"));
-        let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
-        let mut said = false;
-        loop {
-            match file.try_lock() {
-                Ok(()) => return Ok(file),
-                Err(TryLockError::Error(error)) => return Err(error).context(path.display().to_string()),
-                Err(TryLockError::WouldBlock) if proc::stop_signal().is_some() => bail!("interrupted"),
-                Err(TryLockError::WouldBlock) => {}
-            }
-            if !said {
-                eprintln!("vm: another process is making {name}: waiting for it");
-                said = true;
-            }
-            thread::sleep(TICK);
-        }
+        lock(&self.path(&format!("{name}.lock")))
     }
 
     /// An empty directory, to be used under the lock of `name`; what was left in it by a process that was killed is removed.
@@ -107,6 +91,26 @@ impl Cache {
         remove(&new)?;
         symlink(to, &new)?;
         Ok(fs::rename(&new, self.path(name))?)
+    }
+}
+
+/// Waits until no other process has locked this file; it is locked until what is returned is dropped.
+pub fn lock(path: &Path) -> Result<File> {
+    // The file stays: whoever removed it might remove one that another process has just locked.
+    let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+    let mut said = false;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::Error(error)) => return Err(error).context(path.display().to_string()),
+            Err(TryLockError::WouldBlock) if proc::stop_signal().is_some() => bail!("interrupted"),
+            Err(TryLockError::WouldBlock) => {}
+        }
+        if !said {
+            eprintln!("vm: another process has {}: waiting for it", path.display());
+            said = true;
+        }
+        thread::sleep(TICK);
     }
 }
 

@@ -194,11 +194,14 @@ fn run_one(kernel: &Kernel, jobs: &[Job], update: bool, accel: Accel) -> Result<
             return Ok(report);
         }
     };
-    let run = directory()?.join("runs").join(kernel.name);
+    let runs = directory()?.join("runs");
+    fs::create_dir_all(&runs)?;
+    let _lock = cache::lock(&runs.join(format!("{}.lock", kernel.name)))?;
+    let run = runs.join(kernel.name);
     let _ = fs::remove_dir_all(&run);
     fs::create_dir_all(&run)?;
     fs::write(run.join("jobs"), jobs.iter().map(Job::line).collect::<String>())?;
-    let accel = accel.resolve(&image, &directory()?.join("runs/kvm"))?;
+    let accel = accel.resolve(&image, &runs.join("kvm"))?;
     let limit = Duration::from_secs(qemu::BOOT_LIMIT.as_secs() + jobs.iter().map(|job| job.limit + 15).sum::<u64>());
     let start = Instant::now();
     eprintln!("vm: kernel {}: booting ({accel:?}); console in {}", kernel.name, run.join("console.log").display());
