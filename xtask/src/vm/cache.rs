@@ -123,7 +123,8 @@ impl Drop for Scratch {
     }
 }
 
-fn remove(path: &Path) -> Result<()> {
+/// Removes a file or a directory, if it is there.
+pub fn remove(path: &Path) -> Result<()> {
     let removed = if path.is_dir() && !path.is_symlink() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
     match removed {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

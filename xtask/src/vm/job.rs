@@ -8,6 +8,8 @@ use std::{
 
 use anyhow::Result;
 
+use super::cache::remove;
+
 /// A command in a guest.
 #[derive(Clone, Debug)]
 pub struct Job {
@@ -52,6 +54,14 @@ pub enum Outcome {
     Skipped(String),
     /// It failed: what it said.
     Failed(String),
+}
+
+/// Removes all that the job left in earlier runs.
+pub fn forget(job: &Job, run: &Path) -> Result<()> {
+    for extension in ["log", "err", "status", "skip", "facts", "transcript"] {
+        remove(&run.join(format!("{}.{extension}", job.name)))?;
+    }
+    Ok(())
 }
 
 /// Results of a job, by test; `None` if it has not ended.

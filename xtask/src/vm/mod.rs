@@ -198,8 +198,14 @@ fn run_one(kernel: &Kernel, jobs: &[Job], update: bool, accel: Accel) -> Result<
     fs::create_dir_all(&runs)?;
     let _lock = cache::lock(&runs.join(format!("{}.lock", kernel.name)))?;
     let run = runs.join(kernel.name);
-    let _ = fs::remove_dir_all(&run);
     fs::create_dir_all(&run)?;
+    // What other jobs left there may still be of use: logs, transcripts.
+    for job in jobs {
+        job::forget(job, &run)?;
+    }
+    for file in ["facts", "dmesg.bad"] {
+        cache::remove(&run.join(file))?;
+    }
     fs::write(run.join("jobs"), jobs.iter().map(Job::line).collect::<String>())?;
     let accel = accel.resolve(&image, &runs.join("kvm"))?;
     let limit = Duration::from_secs(qemu::BOOT_LIMIT.as_secs() + jobs.iter().map(|job| job.limit + 15).sum::<u64>());
