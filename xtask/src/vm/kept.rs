@@ -80,7 +80,7 @@ impl Kept {
             _ => (*name).to_owned(),
         };
         let titles: Vec<String> = columns.iter().map(title).collect();
-        let mut rows: Vec<String> = LAB.iter().map(|(name, _)| (*name).to_owned()).collect();
+        let mut rows: Vec<String> = LAB.iter().map(|((name, _), _)| (*name).to_owned()).collect();
         let others: BTreeSet<String> = columns
             .iter()
             .flat_map(|(_, kernel)| tests(kernel).map(|(name, _)| binary(name).to_owned()))

@@ -118,12 +118,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         None => cargo::build(Scope::Everything)?,
     };
     setup::guests()?;
-    let runs = if options.quick {
-        select::quick(&vxmon)?
-    } else {
-        let jobs = select::jobs(options, &vxmon)?;
-        kernels.into_iter().map(|kernel| (kernel, jobs.clone())).collect()
-    };
+    let runs = if options.quick { select::quick(&vxmon)? } else { select::runs(options, kernels, &vxmon)? };
     let reports = run_all(&runs, options.update, options.accel)?;
     if let Some(path) = &options.json {
         let json = serde_json::to_string_pretty(&report::json(&reports))?;
