@@ -116,6 +116,23 @@ fn adds_up(packets: &Value) -> Result<()> {
     Ok(())
 }
 
+/// Seconds of the day.
+fn time(ts: &Value) -> Result<f64> {
+    let text = ts.as_str().with_context(|| format!("not a time: {ts}"))?;
+    let parse = || {
+        let (_, time) = text.trim_end_matches('Z').split_once('T')?;
+        let mut parts = time.split(':').map(|part| part.parse::<f64>().ok());
+        Some(parts.next()?? * 3600.0 + parts.next()?? * 60.0 + parts.next()??)
+    };
+    parse().with_context(|| format!("not a time: {text}"))
+}
+
+/// From one `ts` of an event to another, in seconds, if they are not a day apart.
+pub fn seconds_between(from: &Value, to: &Value) -> Result<f64> {
+    let apart = time(to)? - time(from)?;
+    Ok(if apart < -43_200.0 { apart + 86_400.0 } else { apart })
+}
+
 #[derive(Debug, Default)]
 struct Shared {
     output: Mutex<Output>,
