@@ -17,7 +17,7 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::{Lab, Netns, cmd};
+use crate::{Lab, Netns, cmd, pace};
 
 /// How long a device must be silent before a capture is taken to be complete.
 const SILENCE: Duration = Duration::from_millis(60);
@@ -152,7 +152,7 @@ impl Capture {
             if let Some(packet) = self.packets().into_iter().find(&wanted) {
                 return Ok(packet);
             }
-            if start.elapsed() > limit {
+            if start.elapsed() > pace::limit(limit) {
                 bail!("no such packet within {limit:?}, among {}", self.packets().len());
             }
             thread::sleep(Duration::from_millis(5));
@@ -168,9 +168,10 @@ impl Capture {
     /// Waits for silence, ends tcpdump and returns everything it saw. Of a bulk transfer that need not be all.
     pub fn stop(mut self) -> Result<Vec<Captured>> {
         let start = Instant::now();
-        while start.elapsed() < SILENCE || lock(&self.lines).last.elapsed() < SILENCE {
+        let silence = pace::limit(SILENCE);
+        while start.elapsed() < silence || lock(&self.lines).last.elapsed() < silence {
             thread::sleep(Duration::from_millis(10));
-            if start.elapsed() > Duration::from_secs(10) {
+            if start.elapsed() > pace::limit(Duration::from_secs(10)) {
                 break;
             }
         }
@@ -202,7 +203,7 @@ impl Recording {
 
     /// Gives the last packets a moment, and ends it.
     pub fn stop(mut self) -> Result<()> {
-        thread::sleep(SILENCE);
+        thread::sleep(pace::limit(SILENCE));
         self.tcpdump.end()
     }
 }

@@ -17,7 +17,7 @@ use std::{
 
 use anyhow::{Result, bail};
 
-use crate::{Netns, Rules, cmd, rules, traffic::Frame};
+use crate::{Netns, Rules, Topology, cmd, rules, traffic::Frame};
 
 /// Port of the HTTP service and of the pod behind it.
 pub const HTTP_PORT: u16 = 9153;
@@ -31,17 +31,6 @@ pub enum Family {
     V4,
     /// IPv6.
     V6,
-}
-
-/// What carries the underlay addresses of node a. Node b is always [`Plain`](Self::Plain).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Topology {
-    /// The veth itself.
-    Plain,
-    /// The bridge `br0`, whose port is the veth.
-    Bridge,
-    /// The macvlan device `mv0` on the veth.
-    Macvlan,
 }
 
 /// How to wire a [`Lab`]. The default is the case in which fault B shows.
@@ -62,7 +51,7 @@ pub struct LabOptions {
     pub mtu: u32,
     /// The VXLAN device is bound to the lower device (`dev`), as flannel makes it; else only to `local`, as Calico does.
     pub fixed_lower: bool,
-    /// What carries the underlay addresses of node a.
+    /// What carries the underlay addresses.
     pub topology: Topology,
     /// Name of the veth, in both nodes.
     pub uplink: String,
@@ -209,6 +198,7 @@ pub struct Lab {
     /// The node with the pod.
     pub b: Netns,
     options: LabOptions,
+    stacked: [Vec<String>; 2],
 }
 
 impl Lab {
@@ -218,7 +208,8 @@ impl Lab {
             bail!("MTU {} leaves less than IPv6 needs inside: at least 1350", options.mtu);
         }
         let (a, b) = Netns::pair()?;
-        let lab = Self { a, b, options };
+        let stacked = [Side::A, Side::B].map(|side| options.topology.stacked(side, &options.uplink));
+        let lab = Self { a, b, options, stacked };
         lab.kernel_parameters()?;
         lab.join()?;
         for side in [Side::A, Side::B] {
@@ -246,14 +237,25 @@ impl Lab {
         }
     }
 
-    /// Name of the device with the underlay addresses, by which outer packets leave: the veth, `br0` or `mv0`.
+    /// Name of the device with the underlay addresses, by which outer packets leave: the veth, or what is stacked on it.
     #[must_use]
     pub fn lower(&self, side: Side) -> &str {
-        match (side, self.options.topology) {
-            (Side::B, _) | (Side::A, Topology::Plain) => &self.options.uplink,
-            (Side::A, Topology::Bridge) => "br0",
-            (Side::A, Topology::Macvlan) => "mv0",
+        self.stacked(side).last().unwrap_or(&self.options.uplink)
+    }
+
+    /// Names of the devices on the veth, the lowest first.
+    #[must_use]
+    pub fn stacked(&self, side: Side) -> &[String] {
+        match side {
+            Side::A => &self.stacked[0],
+            Side::B => &self.stacked[1],
         }
+    }
+
+    /// Names of the veths: more than one if a bond is on them.
+    #[must_use]
+    pub fn wires(&self) -> Vec<String> {
+        self.options.topology.wires(&self.options.uplink)
     }
 
     /// The pod on node b, at the HTTP port.
@@ -395,15 +397,10 @@ impl Lab {
         self.b.sysctl(&settings)
     }
 
-    /// The veth pair.
+    /// The veth pairs.
     fn join(&self) -> Result<()> {
-        let LabOptions { uplink, mtu, .. } = &self.options;
-        let end = |side: Side, netns: &Netns| {
-            let mac = mac_text([2, 0, 0, 0, 1, side.mac()]);
-            format!("name {uplink} mtu {mtu} address {mac} netns {}", netns.name())
-        };
-        let (a, b) = (end(Side::A, &self.a), end(Side::B, &self.b));
-        cmd::run_with_input(Command::new("ip").args(["-batch", "-"]), &format!("link add {a} type veth peer {b}\n"))?;
+        // Of a device with a tag inside its packets, the MTU is that without the tag.
+        let mtu = self.options.mtu + self.options.topology.tag_bytes();
         let mut features = Vec::new();
         if !self.options.uplink_tx_offload {
             features.extend(["tx", "off"]);
@@ -412,27 +409,25 @@ impl Lab {
             features.extend(["tso", "off", "gso", "off"]);
             features.extend(["tx-udp_tnl-segmentation", "off", "tx-udp_tnl-csum-segmentation", "off"]);
         }
-        ethtool(&self.a, uplink, &features)?;
-        ethtool(&self.b, uplink, &features)
+        for (kind, wire) in [1, 3].into_iter().zip(self.wires()) {
+            let end = |side: Side, netns: &Netns| {
+                let mac = mac_text([2, 0, 0, 0, kind, side.mac()]);
+                format!("name {wire} mtu {mtu} address {mac} netns {}", netns.name())
+            };
+            let (a, b) = (end(Side::A, &self.a), end(Side::B, &self.b));
+            let line = format!("link add {a} type veth peer {b}\n");
+            cmd::run_with_input(Command::new("ip").args(["-batch", "-"]), &line)?;
+            ethtool(&self.a, &wire, &features)?;
+            ethtool(&self.b, &wire, &features)?;
+        }
+        Ok(())
     }
 
     /// All devices but the VXLAN, up.
     fn links(&self, side: Side) -> Result<()> {
-        let LabOptions { uplink, mtu, .. } = &self.options;
-        let (lower, mac) = (self.lower(side), mac_text(self.lower_mac(side)));
-        let stacked = match (side, self.options.topology) {
-            (Side::B, _) | (Side::A, Topology::Plain) => String::new(),
-            (Side::A, Topology::Bridge) => format!(
-                "link add {lower} mtu {mtu} address {mac} type bridge\nlink set {uplink} master {lower}\n\
-                 link set {lower} up\n"
-            ),
-            (Side::A, Topology::Macvlan) => format!(
-                "link add {lower} link {uplink} mtu {mtu} address {mac} type macvlan mode bridge\nlink set {lower} up\n"
-            ),
-        };
-        self.node(side).ip(&format!(
-            "link set lo up\nlink set {uplink} up\nlink add cni0 type bridge\nlink set cni0 up\n{stacked}"
-        ))
+        let LabOptions { uplink, mtu, topology, .. } = &self.options;
+        let stacked = topology.lines(side, uplink, *mtu, &mac_text(self.lower_mac(side)))?;
+        self.node(side).ip(&format!("link set lo up\n{stacked}link add cni0 type bridge\nlink set cni0 up\n"))
     }
 
     /// Addresses and neighbours of the underlay, and the pod.

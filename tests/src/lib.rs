@@ -7,14 +7,15 @@
 //! - [`netns`]: a namespace that is deleted when dropped; [`Netns::command`] runs a program in it, [`Netns::enter`] a
 //!   closure.
 //! - [`cleanup`]: what is left to do when the process is interrupted.
-//! - [`lab`]: the two nodes and how they are wired. [`rules`]: the NAT rules of node a.
+//! - [`lab`]: the two nodes and how they are wired. [`topology`]: devices stacked on the wire. [`rules`]: the NAT rules of node a.
 //! - [`ipvs`]: a service as kube-proxy's ipvs mode makes it.
 //! - [`traffic`]: HTTP, bulk TCP, UDP, ICMP echo, iperf3, and frames sent as they are.
 //! - [`capture`]: tcpdump's verdict on checksums, pcap files. [`counters`]: conntrack entries, `UdpInCsumErrors`, and big
 //!   packets at TC egress.
 //! - [`vxmon`]: a running `vxmon attach`.
 //! - [`container`]: vxmon's image, run by runc.
-//! - [`skip`]: how a test says that it cannot run here.
+//! - [`skip`]: how a test says that it cannot run here. [`pace`]: limits on slow machines. [`facts`]: what goes into the table
+//!   of kernels.
 //! - [`cmd`]: programs run to their end, with errors that say which one failed and why.
 //!
 //! # Use
@@ -40,16 +41,20 @@ pub mod cleanup;
 pub mod cmd;
 pub mod container;
 pub mod counters;
+pub mod facts;
 pub mod ipvs;
 pub mod lab;
 pub mod netns;
+pub mod pace;
 pub mod rules;
 pub mod skip;
+pub mod topology;
 pub mod traffic;
 pub mod vxmon;
 
 pub use capture::{Capture, Captured};
-pub use lab::{Family, Lab, LabOptions, Topology};
+pub use lab::{Family, Lab, LabOptions};
 pub use netns::Netns;
 pub use rules::{Backend, RuleForm, Rules};
+pub use topology::Topology;
 pub use vxmon::Vxmon;

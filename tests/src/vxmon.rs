@@ -18,9 +18,9 @@ use nix::{
 };
 use serde_json::Value;
 
-use crate::{Netns, cmd};
+use crate::{Netns, cmd, pace};
 
-/// How long it may take to attach, or to end: in an emulated guest, without optimisation, reading the kernel's BTF takes seconds.
+/// How long it may take to attach, or to end: without optimisation, reading the kernel's BTF takes seconds on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A `vxmon attach` that runs in a namespace. Dropping it kills it.
@@ -115,6 +115,23 @@ fn adds_up(packets: &Value) -> Result<()> {
         bail!("reported, suppressed and lost are not the anomalies: {packets}");
     }
     Ok(())
+}
+
+/// Seconds of the day.
+fn time(ts: &Value) -> Result<f64> {
+    let text = ts.as_str().with_context(|| format!("not a time: {ts}"))?;
+    let parse = || {
+        let (_, time) = text.trim_end_matches('Z').split_once('T')?;
+        let mut parts = time.split(':').map(|part| part.parse::<f64>().ok());
+        Some(parts.next()?? * 3600.0 + parts.next()?? * 60.0 + parts.next()??)
+    };
+    parse().with_context(|| format!("not a time: {text}"))
+}
+
+/// From one `ts` of an event to another, in seconds, if they are not a day apart.
+pub fn seconds_between(from: &Value, to: &Value) -> Result<f64> {
+    let apart = time(to)? - time(from)?;
+    Ok(if apart < -43_200.0 { apart + 86_400.0 } else { apart })
 }
 
 #[derive(Debug, Default)]
@@ -327,7 +344,7 @@ impl Vxmon {
             if let Some(status) = self.child.try_wait()? {
                 break status;
             }
-            if start.elapsed() > limit {
+            if start.elapsed() > pace::limit(limit) {
                 bail!("vxmon did not end within {limit:?}; it said: {}", self.stderr().trim_end());
             }
             thread::sleep(Duration::from_millis(2));
@@ -348,7 +365,7 @@ impl Vxmon {
 
     /// Waits until the output satisfies `done`, is complete, or `limit` has passed.
     fn wait_until(&self, limit: Duration, done: impl Fn(&Output) -> bool) -> MutexGuard<'_, Output> {
-        let guard = self.lock();
+        let (guard, limit) = (self.lock(), pace::limit(limit));
         let waited = self.shared.changed.wait_timeout_while(guard, limit, |output| !done(output) && output.closed < 2);
         waited.unwrap_or_else(PoisonError::into_inner).0
     }

@@ -10,7 +10,7 @@ use vxmon_tests::{
     counters::{CtEntry, conntrack_vxlan, udp_csum_errors},
     skip,
     traffic::{self, HttpServer, UdpClient, UdpServer},
-    vxmon::{Finished, anomalies, by_packet_socket},
+    vxmon::{Finished, anomalies, by_packet_socket, sees_nat},
 };
 
 const LIMIT: Duration = Duration::from_secs(5);
@@ -126,6 +126,11 @@ fn all_proved(seen: &Seen, value: u16, source: &str) -> Result<()> {
             let found = event.pointer(path).unwrap_or(&Value::Null);
             ensure!(*found == wanted, "{path} is {found}, not {wanted}, in {event}");
         }
+        // The kernel was seen to choose the port, where it lets itself be watched.
+        let flags = event["nat"]["range_flags"].as_array();
+        let random = flags.is_some_and(|flags| flags.iter().any(|flag| flag == "proto-random-fully"));
+        let observed = event["nat"]["random_fully"] == "observed" && random;
+        ensure!(observed == sees_nat(), "{event:#}");
     }
     let bad = bad.len() as u64;
     ensure!(seen.vxmon.total("verdicts/nat-mangled-zero") == bad, "{bad} bad packets: {}", seen.vxmon.summary);

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, ensure};
 use vxmon_tests::{
-    Backend, Family, Lab, LabOptions, RuleForm, Rules, Vxmon,
+    Backend, Family, Lab, LabOptions, RuleForm, Rules, Topology, Vxmon,
     counters::udp_csum_errors,
     lab::Side,
     skip,
@@ -42,7 +42,8 @@ impl Case {
         let options = &self.options;
         let on = |yes: bool| if yes { "+" } else { "-" };
         format!(
-            "{:?} mtu {} {}udpcsum {}uplink-tx {}vxlan-tx {}segmentation {}",
+            "{:?} {:?} mtu {} {}udpcsum {}uplink-tx {}vxlan-tx {}segmentation {}",
+            options.topology,
             options.underlay,
             options.mtu,
             on(options.udpcsum),
@@ -112,11 +113,11 @@ fn counts(finished: &Finished) -> Counts {
     all.filter(|(_, count)| *count > 0).collect()
 }
 
-fn no_alarm(finished: &Finished) -> Result<()> {
+fn no_alarm(lab: &Lab, finished: &Finished) -> Result<()> {
     finished.adds_up()?;
     ensure!(finished.events.is_empty(), "{:#?}", finished.events);
     ensure!(anomalies(&finished.summary["packets"]) == 0, "{}", finished.summary);
-    for device in ["uplink", "flannel.1"] {
+    for device in [lab.lower(Side::A), &lab.options().vxlan] {
         let device = finished.device(device).with_context(|| format!("no {device} in the summary"))?;
         ensure!(device["packets"]["seen"].as_u64() > Some(50), "{device}");
     }
@@ -129,7 +130,7 @@ fn run(case: &Case, unverified: &[&str]) -> Result<Counts> {
     let vxmon = Vxmon::attach_to(&lab.a, 2, &[&["--format", "json"], case.args].concat())?;
     traffic(&lab)?;
     let finished = vxmon.stop()?;
-    no_alarm(&finished)?;
+    no_alarm(&lab, &finished)?;
     let counts = counts(&finished);
     for name in counts.keys() {
         let allowed = |reason: &&str| *name == format!("unverified {reason}");
@@ -233,6 +234,35 @@ fn healthy_traffic_has_no_anomaly_by_packet_sockets_without_a_ring() -> Result<(
     each_occurred(&run_all(&cases, &["fragment"])?)
 }
 
+/// On VLANs, bonds and bridges: with all offloads of the wire and none, with and without big packets.
+#[test]
+fn healthy_traffic_has_no_anomaly_on_stacked_devices() -> Result<()> {
+    let test = "healthy_traffic_has_no_anomaly_on_stacked_devices";
+    if !skip::root_or_skip(test) {
+        return Ok(());
+    }
+    let mut cases = Vec::new();
+    for (number, topology) in Topology::RARE.into_iter().enumerate() {
+        if let Some(why) = topology.missing()? {
+            skip::skip(test, &why);
+            return Ok(());
+        }
+        for bits in 0..4_u8 {
+            let options = LabOptions {
+                underlay: FAMILIES[(number + usize::from(bits)) % 2],
+                topology,
+                uplink_tx_offload: bits & 1 == 1,
+                segmentation: bits & 2 == 2,
+                ..LabOptions::default()
+            };
+            cases.push(Case { options, args: &[] });
+        }
+        let options = LabOptions { topology, underlay: FAMILIES[number % 2], ..LabOptions::default() };
+        cases.push(Case { options, args: &["--engine", "packet-socket"] });
+    }
+    run_all(&cases, &["fragment"]).map(drop)
+}
+
 /// The rules that kube-proxy has since the fix, and the traffic that the old ones broke.
 #[test]
 fn fixed_rules_have_no_anomaly() -> Result<()> {
@@ -252,7 +282,7 @@ fn fixed_rules_have_no_anomaly() -> Result<()> {
                     ensure!(traffic::udp_ask(&lab.a, lab.service_udp(inner), 40, LIMIT)?.is_some());
                 }
             }
-            no_alarm(&vxmon.stop()?).with_context(|| format!("{backend:?} {underlay:?}"))?;
+            no_alarm(&lab, &vxmon.stop()?).with_context(|| format!("{backend:?} {underlay:?}"))?;
         }
     }
     Ok(())

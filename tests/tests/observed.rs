@@ -1,13 +1,14 @@
 //! Evidence `observed`: NAT as the kernel was seen to set it up. Where rules say something else, or cannot tell, that is what
 //! counts; and it is never said of another connection.
 
-use std::{net::UdpSocket, path::Path, time::Duration};
+use std::{net::UdpSocket, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use vxmon_tests::{
     Backend, Family, Lab, LabOptions, RuleForm, Rules, Vxmon, cmd,
     counters::{CtEntry, conntrack_vxlan},
+    facts,
     lab::Side,
     skip,
     traffic::{self, HttpServer},
@@ -291,9 +292,6 @@ fn what_a_new_connection_costs() -> Result<()> {
     ensure!(costs.len() == 2 && costs.iter().all(|(_, runs, _)| *runs >= CONNECTIONS as u64), "{costs:?}");
     let fact = costs.iter().map(|(_, runs, cost)| format!("{cost} ns in {runs} runs")).collect::<Vec<_>>().join(", ");
     println!("NAT's set-up seen, start and return: {fact}");
-    if let Some(path) = std::env::var_os("VXMON_SKIP_FILE") {
-        let facts = Path::new(&path).with_extension("facts");
-        std::fs::write(facts, format!("NAT's set-up seen, ns a run, start and return={fact}\n"))?;
-    }
+    facts::write("NAT's set-up seen, ns a run, start and return", &fact)?;
     vxmon.stop()?.adds_up()
 }

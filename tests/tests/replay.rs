@@ -7,6 +7,7 @@ use std::{
     fmt::Display,
     fs,
     io::Write,
+    iter,
     sync::{Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -22,8 +23,11 @@ use vxmon_tests::{
     lab::{UDP_PORT, ethtool, service},
     skip,
     traffic::{self, HttpServer, UdpClient, UdpServer},
-    vxmon::{anomalies, by_packet_socket},
+    vxmon::{Finished, anomalies, by_packet_socket, seconds_between},
 };
+
+/// Long enough to see that no answer comes.
+const A_MOMENT: Duration = Duration::from_millis(900);
 
 /// What is written down.
 struct Transcript {
@@ -75,7 +79,7 @@ fn has_fault_a() -> Result<bool> {
     Ok(capture.stop()?.iter().any(|packet| packet.bad))
 }
 
-/// Writes down what vxmon said.
+/// Writes down what vxmon said; the rule and what comes next only of the first packet of a connection.
 fn report(transcript: &Transcript, events: &[Value]) {
     for event in events {
         transcript.say(format_args!(
@@ -95,6 +99,23 @@ fn report(transcript: &Transcript, events: &[Value]) {
             event["ct"]["reply"]["dport"],
             event["cause"]["proved"],
         ));
+        if event["flow"]["attempt"] != 1 {
+            continue;
+        }
+        let (nat, flow) = (&event["nat"], &event["flow"]);
+        if let Some(rule) = nat["rule"].as_str() {
+            transcript.say(format_args!(
+                "vxmon: rule {rule} ({}), random-fully: {}, mark: {}",
+                text(&nat["backend"]),
+                text(&nat["random_fully"]),
+                text(&nat["why"])
+            ));
+        }
+        if let Some(expected) = flow["expected_recovery"].as_str() {
+            let by = text(&flow["expected_by"]);
+            let after = seconds_between(&event["ts"], &flow["expected_recovery"]).unwrap_or(f64::NAN);
+            transcript.say(format_args!("vxmon: expected to get through after {after:.1} s, at {expected}, by {by}"));
+        }
     }
 }
 
@@ -150,6 +171,20 @@ fn cured(transcript: &Transcript, udpcsum: bool, remedy: &str, apply: impl FnOnc
     Ok(())
 }
 
+/// The rule is named, and the time at which the connection recovered was told when its first packet left.
+fn foretold(finished: &Finished) -> Result<()> {
+    let first = finished.events.first().context("no event")?;
+    let rule = text(&first["nat"]["rule"]);
+    ensure!(rule.contains("KUBE-POSTROUTING") && rule.contains("MASQUERADE"), "{first:#}");
+    ensure!(first["flow"]["expected_by"] == "conntrack-timeout", "{first:#}");
+    let recovered = finished.all.iter().find(|line| line["type"] == "recovered").context("not recovered")?;
+    ensure!(recovered["by"] == "conntrack-timeout", "{recovered:#}");
+    let off = seconds_between(&first["flow"]["expected_recovery"], &recovered["ts"])?;
+    // Timers are late by up to an eighth.
+    ensure!(off.abs() < 10.0, "{off} s from what was expected: {recovered:#}");
+    Ok(())
+}
+
 #[test]
 fn the_service_hangs_until_a_remedy() -> Result<()> {
     let test = "the_service_hangs_until_a_remedy";
@@ -181,6 +216,15 @@ fn the_service_hangs_until_a_remedy() -> Result<()> {
     let before = udp_csum_errors(&lab.b, Family::V4)?;
     let time = connect_and_watch(&lab, &vxmon, &transcript)?;
     transcript.say(format_args!("connected after {:.2} s", time.as_secs_f64()));
+    for line in vxmon.wait_type("recovered", 1, Duration::from_secs(5)) {
+        transcript.say(format_args!(
+            "vxmon: recovered: {} after {:.1} s and {} bad SYNs, by {}",
+            text(&line["outcome"]),
+            line["after_ms"].as_f64().unwrap_or(f64::NAN) / 1e3,
+            line["bad_syns"],
+            text(&line["by"])
+        ));
+    }
     let dropped = udp_csum_errors(&lab.b, Family::V4)? - before;
     for entry in conntrack_vxlan(&lab.a, Family::V4, lab.options().port)? {
         transcript.say(format_args!("conntrack -L: sport={} became {}", entry.orig.sport, entry.reply.dport));
@@ -191,8 +235,16 @@ fn the_service_hangs_until_a_remedy() -> Result<()> {
     let counted = finished.total(&format!("verdicts/{verdict}"));
     transcript.say(format_args!("tcpdump: {bad} bad packets; node b dropped {dropped}; vxmon: {counted} {verdict}"));
     ensure!(bad >= 6 && dropped == bad && counted == bad, "{}", finished.summary);
-    let mark = if by_packet_socket() { Value::Null } else { "0x4000".into() };
-    ensure!(finished.events.iter().all(|event| event["cause"]["proved"] == true && event["mark"] == mark));
+    ensure!(finished.events.iter().all(|event| event["cause"]["proved"] == true), "{:#?}", finished.events);
+    // Retries are not marked: the inner connection is known by then, and the rules are not asked again.
+    let (first, retry) = if by_packet_socket() { (Value::Null, Value::Null) } else { ("0x4000".into(), "0x0".into()) };
+    let marks: Vec<&Value> = finished.events.iter().map(|event| &event["mark"]).collect();
+    let wanted = iter::once(&first).chain(iter::repeat(&retry));
+    ensure!(marks.iter().zip(wanted).all(|(mark, wanted)| *mark == wanted), "{marks:?}");
+    // Without the mark it cannot be told which rule it was, nor whether a retry will meet it again.
+    if !by_packet_socket() {
+        foretold(&finished)?;
+    }
     // Until the outer entry has expired: 30 s after the last SYN of those sent within 30 s of each other.
     ensure!(time > Duration::from_secs(55), "connected after {time:?}");
 
@@ -200,11 +252,11 @@ fn the_service_hangs_until_a_remedy() -> Result<()> {
     let vxmon = Vxmon::attach_to(&lab.a, 2, &["--format", "json"])?;
     for number in 1..=3 {
         let client = UdpClient::connect(&lab.a, lab.service_udp(Family::V4))?;
-        let answer = client.ask(40, Duration::from_secs(1))?;
+        let answer = client.ask(40, A_MOMENT)?;
         let service = service(Family::V4);
         transcript.say(format_args!(
             "question {number} to {service}:{UDP_PORT}: {}",
-            if answer.is_some() { "answered" } else { "no answer within 1 s" }
+            if answer.is_some() { "answered".to_owned() } else { format!("no answer within {A_MOMENT:?}") }
         ));
         ensure!(answer.is_none(), "answered");
     }

@@ -86,10 +86,12 @@ pub fn executable(command: &mut Command) -> Result<PathBuf> {
     found.context("cargo built no executable")
 }
 
-/// Builds those integration tests of `package`, as [`crate::test`] does, and returns the path of each, by name.
+/// Builds those integration tests of `package` in just the way [`crate::test`] does, and returns the path of each, by name.
 pub fn test_binaries(package: &str, names: &[String]) -> Result<BTreeMap<String, PathBuf>> {
     let mut command = command()?;
-    command.args(["test", "--no-run", "--locked", "--message-format=json-render-diagnostics", "--package", package]);
+    // Of the package alone, dependencies would have fewer features, and would be built a second time.
+    command.args(["test", "--no-run", "--locked", "--workspace", "--exclude=vxmon-ebpf"]);
+    command.arg("--message-format=json-render-diagnostics");
     for name in names {
         command.args(["--test", name]);
     }
@@ -97,7 +99,11 @@ pub fn test_binaries(package: &str, names: &[String]) -> Result<BTreeMap<String,
     let status = proc::run_lines(&mut command, |line| {
         let Ok(message) = serde_json::from_str::<serde_json::Value>(line) else { return };
         let (target, path) = (&message["target"], message["executable"].as_str());
-        if let (Some(name), Some(path), true) = (target["name"].as_str(), path, target["kind"][0] == "test") {
+        // `path+file:///…/tests#vxmon-tests@0.1.0`
+        let of_package = message["package_id"].as_str().is_some_and(|id| id.contains(&format!("#{package}@")));
+        if let (Some(name), Some(path), true) =
+            (target["name"].as_str(), path, of_package && target["kind"][0] == "test")
+        {
             found.insert(name.to_owned(), PathBuf::from(path));
         }
     })?;

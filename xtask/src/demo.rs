@@ -34,8 +34,8 @@ const REQUESTS: u64 = 3;
 const LIMIT: Duration = Duration::from_secs(5);
 /// How long attaching may take: seconds in an emulated machine.
 const ATTACHING: Duration = Duration::from_secs(60);
-/// A request that takes longer waited for a SYN to be sent again.
-const INSTANT: Duration = Duration::from_millis(500);
+/// A request that takes longer waited for a SYN to be sent again, after 1 s; an emulated machine may need much of that.
+const INSTANT: Duration = Duration::from_millis(900);
 /// How long an event may take to arrive.
 const PATIENCE: Duration = Duration::from_secs(2);
 

@@ -83,6 +83,9 @@ fn run(task: &Task) -> Result<ExitCode> {
         Task::Setup => {
             setup::run(setup::Scope::Tests)?;
             setup::schemas()?;
+            if let Err(error) = setup::guests().and_then(|()| setup::kernel_build()) {
+                eprintln!("setup: {error:#}; tests on other kernels will be skipped");
+            }
         }
         Task::Build => cargo::build(setup::Scope::Build).map(drop)?,
         Task::Lint => lint::run()?,

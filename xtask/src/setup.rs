@@ -23,8 +23,6 @@ pub enum Scope {
     Build,
     /// To compile, and to run the lab and the tests.
     Everything,
-    /// That, and to run it on other kernels in QEMU, one of which is built from source.
-    Kernels,
     /// To compile, to run the lab, and what only tests call.
     Tests,
 }
@@ -53,11 +51,18 @@ const LAB_PROGRAMS: [(&str, &str); 16] = [
 const TEST_PROGRAMS: [(&str, &str); 2] = [("prometheus", "prometheus"), ("promtool", "prometheus")];
 
 /// What `cargo xtask vm` calls, or a file that it needs, and the Debian package of each.
-const VM_PROGRAMS: [(&str, &str); 18] = [
+const VM_PROGRAMS: [(&str, &str); 7] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("/bin/busybox", "busybox-static"),
     ("modprobe", "kmod"),
     ("xz", "xz-utils"),
+    ("ipvsadm", "ipvsadm"),
+    ("setpriv", "util-linux"),
+    ("dpkg-deb", "dpkg"),
+];
+
+/// What the kernel with fault A is built with, and of.
+const KERNEL_PROGRAMS: [(&str, &str); 12] = [
     ("patch", "patch"),
     ("make", "make"),
     ("gcc", "gcc"),
@@ -66,9 +71,7 @@ const VM_PROGRAMS: [(&str, &str); 18] = [
     ("bc", "bc"),
     ("perl", "perl"),
     ("pahole", "pahole"),
-    ("ipvsadm", "ipvsadm"),
-    ("setpriv", "util-linux"),
-    ("dpkg-deb", "dpkg"),
+    ("xz", "xz-utils"),
     ("/usr/include/libelf.h", "libelf-dev"),
     ("/usr/include/openssl/ssl.h", "libssl-dev"),
     ("/usr/src/linux-source-6.1.tar.xz", "linux-source-6.1"),
@@ -158,6 +161,29 @@ pub fn schemas() -> Result<()> {
     Ok(())
 }
 
+/// Installs what guests need: QEMU, and what is called to get and start them.
+pub fn guests() -> Result<()> {
+    require("the lab of kernels needs it", &VM_PROGRAMS)
+}
+
+/// Installs what a kernel is built with, and the source of the one that has fault A.
+pub fn kernel_build() -> Result<()> {
+    require("the kernel with fault A is built with it", &KERNEL_PROGRAMS)
+}
+
+fn require(why: &str, programs: &[(&'static str, &'static str)]) -> Result<()> {
+    let packages = missing(why, programs);
+    if packages.is_empty() {
+        return Ok(());
+    }
+    install(&packages)?;
+    let still = missing(why, programs);
+    if !still.is_empty() {
+        bail!("the packages are installed, but still missing is what these should have brought: {}", still.join(" "));
+    }
+    Ok(())
+}
+
 /// The packages of the programs that are missing.
 fn missing_packages(scope: Scope) -> Vec<&'static str> {
     match scope {
@@ -166,10 +192,6 @@ fn missing_packages(scope: Scope) -> Vec<&'static str> {
         Scope::Tests => {
             let lab = missing("the lab and the tests call it", &LAB_PROGRAMS);
             [lab, missing("the tests of metrics call it", &TEST_PROGRAMS)].concat()
-        }
-        Scope::Kernels => {
-            let lab = missing("the lab and the tests call it", &LAB_PROGRAMS);
-            [lab, missing("the lab of kernels needs it", &VM_PROGRAMS)].concat()
         }
     }
 }

@@ -17,7 +17,7 @@ use anyhow::{Context, Result, bail};
 use nix::libc;
 
 use super::PATIENCE;
-use crate::Netns;
+use crate::{Netns, pace};
 
 const CHUNK: usize = 64 * 1024;
 
@@ -83,11 +83,11 @@ impl Drop for BulkServer {
 /// Sends `bytes` to a [`BulkServer`] and returns the time until it has read them all, the connect not counted.
 pub fn bulk_send(node: &Netns, server: SocketAddr, bytes: u64, mode: BulkMode) -> Result<Duration> {
     let mut stream = node.enter(|| {
-        TcpStream::connect_timeout(&server, PATIENCE)
+        TcpStream::connect_timeout(&server, pace::limit(PATIENCE))
             .with_context(|| format!("cannot connect to {server} in {}", node.name()))
     })?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(pace::limit(PATIENCE)))?;
+    stream.set_read_timeout(Some(pace::limit(PATIENCE)))?;
     let start = Instant::now();
     match mode {
         BulkMode::Write => write(&mut stream, bytes),
@@ -109,7 +109,7 @@ pub fn bulk_send(node: &Netns, server: SocketAddr, bytes: u64, mode: BulkMode) -
 fn drain(mut stream: TcpStream, received: &AtomicU64) {
     let mut buffer = vec![0; 4 * CHUNK];
     let mut total = 0_u64;
-    if stream.set_read_timeout(Some(PATIENCE)).is_err() {
+    if stream.set_read_timeout(Some(pace::limit(PATIENCE))).is_err() {
         return;
     }
     loop {

@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 use super::PATIENCE;
-use crate::Netns;
+use crate::{Netns, pace};
 
 /// Serves HTTP until it is dropped.
 #[derive(Debug)]
@@ -71,6 +71,7 @@ pub fn http_get(node: &Netns, server: SocketAddr, limit: Duration) -> Result<Dur
 
 /// As [`http_get`], with all times.
 pub fn http_get_timed(node: &Netns, server: SocketAddr, limit: Duration) -> Result<Get> {
+    let limit = pace::answer(limit);
     let start = Instant::now();
     let mut stream = node.enter(|| {
         TcpStream::connect_timeout(&server, limit)
@@ -102,7 +103,7 @@ fn serve(listener: &TcpListener, stop: &AtomicBool, served: &Arc<AtomicU64>) {
 }
 
 fn answer(mut stream: TcpStream) -> std::io::Result<()> {
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(pace::limit(PATIENCE)))?;
     let mut request = Vec::new();
     let mut part = [0; 1024];
     while !request.ends_with(b"\r\n\r\n") {

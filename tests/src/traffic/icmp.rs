@@ -19,7 +19,7 @@ use nix::{
 };
 
 use super::ones_complement_sum;
-use crate::Netns;
+use crate::{Netns, pace};
 
 /// Sends one echo request with `size` bytes of payload. `Ok(None)` if no answer comes within `limit`.
 pub fn icmp_echo(node: &Netns, target: IpAddr, size: usize, limit: Duration) -> Result<Option<Duration>> {
@@ -32,6 +32,7 @@ pub fn icmp_echo(node: &Netns, target: IpAddr, size: usize, limit: Duration) -> 
         .context("cannot open a raw socket")?;
     connect(socket.as_raw_fd(), &SockaddrStorage::from(std::net::SocketAddr::from((target, 0))))
         .with_context(|| format!("no way to {target}"))?;
+    let limit = pace::answer(limit);
     let limit_us = TimeVal::microseconds(limit.as_micros().try_into()?);
     setsockopt(&socket, ReceiveTimeout, &limit_us)?;
 

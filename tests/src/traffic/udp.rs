@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail};
 use nix::libc;
 
 use super::POLL;
-use crate::Netns;
+use crate::{Netns, pace};
 
 /// Largest payload of a datagram over IPv4.
 const LARGEST: usize = 65_507;
@@ -87,7 +87,7 @@ impl UdpServer {
     pub fn wait(&self, count: u64, limit: Duration) -> bool {
         let start = Instant::now();
         while self.datagrams() < count {
-            if start.elapsed() > limit {
+            if start.elapsed() > pace::limit(limit) {
                 return false;
             }
             thread::sleep(Duration::from_millis(1));
@@ -151,7 +151,7 @@ impl UdpClient {
 
     /// Sends `size` bytes and waits for an answer. `Ok(None)` if none comes within `limit`.
     pub fn ask(&self, size: usize, limit: Duration) -> Result<Option<Duration>> {
-        let start = Instant::now();
+        let (start, limit) = (Instant::now(), pace::answer(limit));
         self.send(size, UdpMode::Plain)?;
         loop {
             // 0 would be for ever.

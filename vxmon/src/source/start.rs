@@ -125,7 +125,7 @@ fn load(layout: &mut Layout, hook: Hook, say: &dyn Fn(&str)) -> Result<Tc> {
 
 /// Bytes that `bpf_csum_diff()` takes at once: since 6.13 it sums in place (net/core/filter.c, "bpf_csum_diff: optimize"),
 /// before that by way of a scratchpad of 512 bytes.
-fn csum_chunk() -> u32 {
+pub fn csum_chunk() -> u32 {
     if aya::util::KernelVersion::current().is_ok_and(|version| version >= aya::util::KernelVersion::new(6, 13, 0)) {
         4096
     } else {

@@ -1,62 +1,70 @@
 //! Builds the kernel that has fault A: Debian's linux-source-6.1, `vm/fault-a.patch`, and `vm/fault-a.config` on top of
-//! `tinyconfig`. The build is kept in `target/vm/kernels` under a name made of all three, out of the source tree.
+//! `tinyconfig`. It is kept under a name made of all three.
 
 use std::{
-    collections::hash_map::DefaultHasher,
     fs,
-    hash::{Hash as _, Hasher as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use sha2::{Digest as _, Sha256};
 
-use super::kernel::{Image, cache};
-use crate::{cargo, proc};
+use super::{cache::Cache, kernel::Image};
+use crate::{cargo, proc, setup};
 
 const SOURCE: &str = "/usr/src/linux-source-6.1.tar.xz";
 const CONFIG: &str = include_str!("../../vm/fault-a.config");
 const PATCH: &str = include_str!("../../vm/fault-a.patch");
 
 /// The kernel, built if need be.
-pub fn image() -> Result<Image> {
-    let meta =
-        fs::metadata(SOURCE).with_context(|| format!("{SOURCE} is missing (Debian's package linux-source-6.1)"))?;
-    let mut hasher = DefaultHasher::new();
-    (CONFIG, PATCH, meta.len(), meta.modified()?).hash(&mut hasher);
-    let directory = cache()?.join("kernels").join(format!("fault-a-{:016x}", hasher.finish()));
-    let vmlinuz = directory.join("vmlinuz");
-    if !vmlinuz.exists() {
-        build(&directory, &vmlinuz)?;
-    }
-    Ok(Image { vmlinuz, modules: None })
+pub fn image(cache: &Cache) -> Result<Image> {
+    let digest = Sha256::new().chain_update(CONFIG).chain_update(PATCH).finalize();
+    let digest: String = digest.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
+    // Of whatever version the source was: to look whether there is a newer one, it would have to be installed first.
+    let built = cache
+        .names()
+        .into_iter()
+        .rfind(|name| name.strip_prefix("fault-a-").is_some_and(|rest| rest.strip_suffix(&digest).is_some()));
+    let entry = match built.and_then(|name| cache.find(&name)) {
+        Some(entry) if !Path::new(SOURCE).exists() => entry,
+        _ => {
+            setup::kernel_build()?;
+            let version = proc::output(Command::new("dpkg-query").args(["-W", "-f", "${Version}", "linux-source-6.1"]));
+            let version = version.with_context(|| format!("{SOURCE} is not of a Debian package"))?;
+            let name = format!("fault-a-{version}-{digest}");
+            let log = cache.path(&format!("{name}.log"));
+            cache.entry(&name, |directory| build(directory, &log))?
+        }
+    };
+    Ok(Image { vmlinuz: entry.join("vmlinuz"), modules: None })
 }
 
-fn build(directory: &Path, vmlinuz: &Path) -> Result<()> {
-    eprintln!("vm: building the kernel with fault A: takes about 10 minutes on two cores");
+fn build(directory: &Path, log: &Path) -> Result<()> {
+    eprintln!(
+        "vm: building the kernel with fault A, into {}: takes about 10 minutes on two cores",
+        log.parent().unwrap_or(directory).display()
+    );
     let (source, out) = (directory.join("source"), directory.join("build"));
-    let _ = fs::remove_dir_all(&source);
-    fs::create_dir_all(&source)?;
-    fs::create_dir_all(&out)?;
+    fs::create_dir(&source)?;
+    fs::create_dir(&out)?;
     proc::run(Command::new("tar").args(["-xJf", SOURCE, "--strip-components=1", "-C"]).arg(&source))?;
     let patch = cargo::root()?.join("xtask/vm/fault-a.patch");
     proc::run(Command::new("patch").args(["--quiet", "-p1", "-d"]).arg(&source).arg("-i").arg(&patch))?;
     configure(&source, &out)?;
     let jobs = std::thread::available_parallelism().map_or(1, usize::from) + 1;
-    let log = directory.join("build.log");
     let mut make = make(&source, &out);
-    // Others may be at work on this machine.
-    make.arg(format!("-j{jobs}")).arg("bzImage").stdout(fs::File::create(&log)?);
+    make.arg(format!("-j{jobs}")).arg("bzImage").stdout(fs::File::create(log)?);
     proc::run(&mut make).with_context(|| format!("see {}", log.display()))?;
-    fs::copy(out.join("arch/x86/boot/bzImage"), vmlinuz.with_extension("new"))?;
+    fs::copy(out.join("arch/x86/boot/bzImage"), directory.join("vmlinuz"))?;
     fs::copy(out.join(".config"), directory.join("config"))?;
-    fs::rename(vmlinuz.with_extension("new"), vmlinuz)?;
     // 3 GiB that nobody needs again.
     fs::remove_dir_all(&source)?;
     Ok(fs::remove_dir_all(&out)?)
 }
 
 fn make(source: &Path, out: &Path) -> Command {
+    // Others may be at work on this machine.
     let mut command = Command::new("nice");
     command.args(["-n", "5", "make", "--silent", "-C"]).arg(source).arg(format!("O={}", out.display()));
     command.env("KBUILD_BUILD_TIMESTAMP", "@0").env("KBUILD_BUILD_USER", "vxmon").env("KBUILD_BUILD_HOST", "lab");

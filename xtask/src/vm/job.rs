@@ -8,6 +8,8 @@ use std::{
 
 use anyhow::Result;
 
+use super::cache::remove;
+
 /// A command in a guest.
 #[derive(Clone, Debug)]
 pub struct Job {
@@ -23,9 +25,10 @@ pub struct Job {
 
 impl Job {
     /// The tests `filter` (all, if there is none) of a test binary.
-    pub fn tests(name: &str, binary: &Path, vxmon: &Path, filter: &[&str], limit: u64) -> Self {
+    pub fn tests(name: &str, binary: &Path, vxmon: &Path, filter: &[String], limit: u64) -> Self {
         let mut command = format!(
-            "VXMON_BIN='{}' VXMON_SKIP_FILE=/run/results/{name}.skip VXMON_TRANSCRIPT=/run/results/{name}.transcript '{}'",
+            "VXMON_BIN='{}' VXMON_SKIP_FILE=/run/results/{name}.skip VXMON_FACTS=/run/results/{name}.facts \
+             VXMON_TRANSCRIPT=/run/results/{name}.transcript '{}'",
             vxmon.display(),
             binary.display()
         );
@@ -51,6 +54,14 @@ pub enum Outcome {
     Skipped(String),
     /// It failed: what it said.
     Failed(String),
+}
+
+/// Removes all that the job left in earlier runs.
+pub fn forget(job: &Job, run: &Path) -> Result<()> {
+    for extension in ["log", "err", "status", "skip", "facts", "transcript"] {
+        remove(&run.join(format!("{}.{extension}", job.name)))?;
+    }
+    Ok(())
 }
 
 /// Results of a job, by test; `None` if it has not ended.

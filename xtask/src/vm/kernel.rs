@@ -1,5 +1,4 @@
-//! The kernels of the lab: where each comes from, and how it gets into `target/vm/kernels`. Nothing is ever installed on
-//! this machine.
+//! The kernels of the lab: where each comes from, and how it gets into the cache. None is ever installed on this machine.
 //!
 //! Debian's come from its packages, by an apt configuration of its own that knows other suites of the same mirror.
 
@@ -13,8 +12,8 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use super::fault_a;
-use crate::{cargo, proc};
+use super::{cache::Cache, fault_a};
+use crate::proc;
 
 /// Fetching package lists, or a kernel of about 100 MiB.
 const DOWNLOAD_LIMIT: Duration = Duration::from_secs(600);
@@ -63,17 +62,13 @@ pub struct Image {
     pub modules: Option<PathBuf>,
 }
 
-/// `target/vm`.
-pub fn cache() -> Result<PathBuf> {
-    Ok(cargo::root()?.join("target/vm"))
-}
-
 impl Kernel {
     /// Gets it, unless it is there already. An error is a kernel that cannot be had here.
     pub fn image(&self, update: bool) -> Result<Image> {
+        let cache = Cache::open()?;
         match self.origin {
-            Origin::Debian { suites, release } => debian(self.name, suites, release, update),
-            Origin::FaultA => fault_a::image(),
+            Origin::Debian { suites, release } => debian(&cache, suites, release, update),
+            Origin::FaultA => fault_a::image(&cache),
         }
     }
 
@@ -86,28 +81,50 @@ impl Kernel {
     }
 }
 
-fn debian(name: &str, suites: &[&str], release: &str, update: bool) -> Result<Image> {
-    let directory = cache()?.join("kernels").join(name);
-    let root = directory.join("root");
-    if update || !directory.join("complete").exists() {
-        eprintln!("vm: fetching kernel {name} (Debian {})", suites.join(", "));
-        fs::create_dir_all(&directory)?;
-        let _ = fs::remove_file(directory.join("complete"));
-        let _ = fs::remove_dir_all(&root);
-        let apt = Apt::new(&directory.join("apt"), suites)?;
-        let packages = apt.kernel_packages(release)?;
-        apt.unpack(&packages, &root)?;
-        for base in module_bases(&root) {
+/// The kernel of these suites: an entry named by package and version, which is found by a link named by the suites.
+fn debian(cache: &Cache, suites: &[&str], release: &str, update: bool) -> Result<Image> {
+    let link = format!("debian-{}-{release}newest", suites.join("+").replace('/', "-"));
+    if !update && let Some(entry) = cache.find(&link) {
+        return unpacked(&entry);
+    }
+    let _lock = cache.lock(&link)?;
+    let found = cache.find(&link);
+    if !update && let Some(entry) = found {
+        return unpacked(&entry);
+    }
+    match fetch(cache, &link, suites, release) {
+        Ok(entry) => unpacked(&entry),
+        Err(error) => {
+            let Some(entry) = found else { return Err(error) };
+            eprintln!("vm: {error:#}; going on with {}", entry.display());
+            unpacked(&entry)
+        }
+    }
+}
+
+fn fetch(cache: &Cache, link: &str, suites: &[&str], release: &str) -> Result<PathBuf> {
+    eprintln!("vm: fetching the kernel of Debian {}", suites.join(", "));
+    let scratch = cache.scratch(link)?;
+    let apt = Apt::new(&scratch.0, suites)?;
+    let Packages { title, names } = apt.kernel_packages(release)?;
+    let entry = cache.entry(&title, |root| {
+        apt.unpack(&names, root)?;
+        for base in module_bases(root) {
             // `lib` may hold firmware only; depmod wants the directory above lib/modules.
-            for version in names(&base) {
+            for version in file_names(&base) {
                 let above = base.ancestors().nth(2).context("no directory above lib/modules")?;
                 proc::run(Command::new("/sbin/depmod").arg("-b").arg(above).arg(&version))?;
             }
         }
-        fs::write(directory.join("complete"), packages.join("\n"))?;
-    }
-    let modules = module_bases(&root).into_iter().next().context("the packages have no modules")?;
-    let version = names(&modules).into_iter().next().context("the packages have no modules")?;
+        Ok(())
+    })?;
+    cache.link(link, &title)?;
+    Ok(entry)
+}
+
+fn unpacked(root: &Path) -> Result<Image> {
+    let modules = module_bases(root).into_iter().next().context("the packages have no modules")?;
+    let version = file_names(&modules).into_iter().next().context("the packages have no modules")?;
     let places = [root.join("boot").join(format!("vmlinuz-{version}")), modules.join(&version).join("vmlinuz")];
     let vmlinuz = places.into_iter().find(|path| path.exists()).context("the packages have no kernel image")?;
     Ok(Image { vmlinuz, modules: Some(modules) })
@@ -119,9 +136,16 @@ fn module_bases(root: &Path) -> Vec<PathBuf> {
     bases.into_iter().filter(|path| path.is_dir()).collect()
 }
 
-fn names(directory: &Path) -> Vec<String> {
+fn file_names(directory: &Path) -> Vec<String> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+/// A kernel's packages.
+struct Packages {
+    /// Name and version of the first, by which the kernel is kept.
+    title: String,
+    names: Vec<String>,
 }
 
 /// apt with lists, sources and state of its own.
@@ -175,8 +199,8 @@ impl Apt {
         command
     }
 
-    /// The newest kernel package whose release starts with `release`, and what it is made of.
-    fn kernel_packages(&self, release: &str) -> Result<Vec<String>> {
+    /// The newest kernel package whose release starts with `release`.
+    fn kernel_packages(&self, release: &str) -> Result<Packages> {
         let pattern = format!("^linux-image-{}[0-9].*-amd64$", release.replace('.', "\\."));
         let found = proc::output(self.command("apt-cache").args(["search", "--names-only", &pattern]))
             .context("apt-cache does not run")?;
@@ -197,20 +221,22 @@ impl Apt {
         let mut packages: BTreeSet<String> = BTreeSet::from([newest.to_owned()]);
         packages
             .extend(depends.lines().filter(needed).filter_map(|line| Some(line.trim().split_once(": ")?.1.to_owned())));
-        Ok(packages.into_iter().collect())
+        let details = proc::output(self.command("apt-cache").args(["show", "--no-all-versions", newest]));
+        let version = details.as_deref().and_then(|text| text.lines().find_map(|line| line.strip_prefix("Version: ")));
+        let version = version.with_context(|| format!("apt-cache tells no version of {newest}"))?;
+        Ok(Packages { title: format!("{newest}_{version}"), names: packages.into_iter().collect() })
     }
 
     /// Downloads `packages` and unpacks them into `root`.
     fn unpack(&self, packages: &[String], root: &Path) -> Result<()> {
         eprintln!("vm: {}", packages.join(" "));
         proc::run_within(self.command("apt-get").args(["-qq", "download"]).args(packages), DOWNLOAD_LIMIT)?;
-        fs::create_dir_all(root)?;
         let downloads = self.directory.join("packages");
-        for file in names(&downloads).iter().filter(|name| name.ends_with(".deb")) {
+        for file in file_names(&downloads).iter().filter(|name| name.ends_with(".deb")) {
             proc::run(Command::new("dpkg-deb").arg("-x").arg(downloads.join(file)).arg(root))?;
             fs::remove_file(downloads.join(file))?;
         }
-        if names(root).is_empty() {
+        if file_names(root).is_empty() {
             bail!("apt-get downloaded nothing");
         }
         Ok(())

@@ -2,29 +2,35 @@
 //! shared read-only, what is written goes to the guest's memory.
 //!
 //! # Layout
-//! - [`kernel`]: which kernels, and where they come from. [`fault_a`]: builds the one that has fault A.
+//! - [`kernel`]: which kernels, and where they come from. [`fault_a`]: builds the one that has fault A. [`cache`]: where they
+//!   are kept.
 //! - [`initramfs`], [`qemu`]: how a guest comes up and ends. `xtask/vm/` has what runs in it.
-//! - [`job`]: what a guest runs. [`report`]: what is printed.
+//! - [`select`], [`job`]: what a guest runs. [`report`]: what is printed. [`kept`]: the results of all runs, and their table.
 
+mod cache;
 mod fault_a;
 mod initramfs;
 mod job;
+mod kept;
 mod kernel;
 mod qemu;
 mod report;
+mod select;
 
 use std::{
     collections::BTreeMap,
     fs,
+    ops::Add as _,
     path::{Path, PathBuf},
     process::ExitCode,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use self::{
     job::{Job, Outcome},
+    kept::Kept,
     kernel::{KERNELS, Kernel},
     qemu::{Accel, Guest},
     report::KernelReport,
@@ -32,18 +38,8 @@ use self::{
 use crate::{
     cargo, proc,
     setup::{self, Scope},
+    test::Count,
 };
-
-/// The package whose tests run in guests.
-const PACKAGE: &str = "vxmon-tests";
-/// From power-on until the first job runs, at most.
-const BOOT_LIMIT: u64 = 240;
-/// For one test binary. A loaded machine that emulates is slow.
-const TESTS_LIMIT: u64 = 1800;
-const DEMO_LIMIT: u64 = 300;
-/// Whether it attaches at all, and what the verifier says.
-const SMOKE: &str = "smoke";
-const SMOKE_LIMIT: u64 = 120;
 
 /// What to run.
 #[derive(clap::Args)]
@@ -53,14 +49,14 @@ pub struct Options {
     /// Name the kernels, and end
     #[arg(long)]
     list: bool,
-    /// Only test binaries whose name has one of these in it (and `demo`); default: all
+    /// Only test binaries, `smoke` and `demo` whose name has one of these in it; default: what depends on the kernel
     #[arg(long = "only", value_name = "NAME", value_delimiter = ',')]
     only: Vec<String>,
     /// Only tests whose name has this in it
     #[arg(long, value_name = "TEXT")]
     test: Vec<String>,
-    /// The subset that is part of `cargo xtask test`
-    #[arg(long)]
+    /// The part that belongs to `cargo xtask test`: a few tests on two kernels
+    #[arg(long, conflicts_with_all = ["kernels", "only", "test"])]
     quick: bool,
     /// Get the kernels, build the one that is built, and end
     #[arg(long)]
@@ -77,18 +73,19 @@ pub struct Options {
     /// Look for newer kernel packages
     #[arg(long)]
     update: bool,
+    /// Use this vxmon instead of building one
+    #[arg(long, hide = true)]
+    binary: Option<PathBuf>,
     /// Write the results there as JSON, too
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Write the table of all results in this clone there, in Markdown
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+    /// Run nothing: with --markdown, for what earlier runs left
+    #[arg(long)]
+    kept: bool,
 }
-
-/// The tests of `--quick`, by test binary: each kind of thing that a kernel can do otherwise, in little time.
-const QUICK: [(&str, &[&str]); 2] = [
-    ("recall", &["with_iptables_legacy", "agree", "without_btf_too", "clsact_too", "stacked"]),
-    ("coexistence", &["what_a_killed_one_left", "another_program"]),
-];
-/// The kernels of `--quick`.
-const QUICK_KERNELS: [&str; 2] = ["6.1", "fault-a"];
 
 /// Runs it, and says whether all is well.
 pub fn run(options: &Options) -> Result<ExitCode> {
@@ -98,126 +95,115 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let kernels = choose(&options.kernels, options.quick)?;
+    let kernels = choose(&options.kernels)?;
     if options.fetch {
-        setup::run(Scope::Kernels)?;
+        setup::guests()?;
         for kernel in kernels {
             match kernel.image(options.update) {
                 Ok(image) => println!("{:8} {}", kernel.name, image.vmlinuz.display()),
+                Err(_) if proc::stop_signal().is_some() => bail!("interrupted"),
                 Err(error) => println!("{:8} not to be had here: {error:#}", kernel.name),
             }
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let vxmon = if options.dev { cargo::build_dev(Scope::Kernels) } else { cargo::build(Scope::Kernels) }?;
-    let jobs = jobs(options, &vxmon)?;
-    let reports = run_all(&kernels, &jobs, options)?;
-    print!("\n{}", report::text(&reports));
-    let json = serde_json::to_string_pretty(&report::json(&reports))?;
-    fs::write(kernel::cache()?.join("report.json"), &json)?;
+    if options.kept {
+        let path = options.markdown.as_deref().context("--kept is for --markdown")?;
+        Kept::open()?.write(path)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let vxmon = match &options.binary {
+        Some(binary) => binary.canonicalize().with_context(|| format!("no {}", binary.display()))?,
+        None if options.dev => cargo::build_dev(Scope::Everything)?,
+        None => cargo::build(Scope::Everything)?,
+    };
+    setup::guests()?;
+    let runs = if options.quick { select::quick(&vxmon)? } else { select::runs(options, kernels, &vxmon)? };
+    let reports = run_all(&runs, options.update, options.accel)?;
     if let Some(path) = &options.json {
+        let json = serde_json::to_string_pretty(&report::json(&reports))?;
         fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
     }
-    let sums = reports.iter().map(KernelReport::counts).fold((0, 0, 0), |a, b| (a.0 + b.0, a.1 + b.1, a.2 + b.2));
-    println!("{} passed, {} failed, {} skipped", sums.0, sums.1, sums.2);
-    Ok(if sums.1 == 0 && sums.0 > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    if let Some(path) = &options.markdown {
+        Kept::open()?.write(path)?;
+    }
+    let count = reports.iter().map(KernelReport::count).fold(Count::default(), Count::add);
+    println!("{count}");
+    Ok(if count.failed == 0 && count.passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn choose(names: &[String], quick: bool) -> Result<Vec<Kernel>> {
-    if names.is_empty() {
-        let all = KERNELS.into_iter();
-        return Ok(all.filter(|kernel| !quick || QUICK_KERNELS.contains(&kernel.name)).collect());
-    }
-    let find = |name: &String| {
-        KERNELS.into_iter().find(|kernel| kernel.name == name).with_context(|| {
-            let known: Vec<&str> = KERNELS.iter().map(|kernel| kernel.name).collect();
-            format!("no kernel is called `{name}`; there are {}", known.join(", "))
-        })
-    };
-    names.iter().map(find).collect()
+/// The part that belongs to all tests, with this vxmon; prints its table.
+pub fn quick(vxmon: &Path) -> Result<Count> {
+    let reports = run_all(&select::quick(vxmon)?, false, Accel::Auto)?;
+    Ok(reports.iter().map(KernelReport::count).fold(Count::default(), Count::add))
 }
 
-fn jobs(options: &Options, vxmon: &Path) -> Result<Vec<Job>> {
-    let wanted = |name: &str| options.only.is_empty() || options.only.iter().any(|part| name.contains(part.as_str()));
-    let quick = |name: &str| QUICK.iter().find(|(binary, _)| *binary == name).map(|(_, tests)| *tests);
-    let mut names = test_names()?;
-    names.retain(|name| wanted(name) && (!options.quick || quick(name).is_some()));
-    let binaries = if names.is_empty() { BTreeMap::new() } else { cargo::test_binaries(PACKAGE, &names)? };
-    let mut jobs = Vec::new();
-    for (name, binary) in binaries {
-        let mut filter: Vec<&str> = options.test.iter().map(String::as_str).collect();
-        if options.quick
-            && let Some(tests) = quick(&name)
-        {
-            filter.extend(tests);
-        }
-        jobs.push(Job::tests(&name, &binary, vxmon, &filter, TESTS_LIMIT));
-    }
-    if wanted(SMOKE) && options.test.is_empty() {
-        let script = cargo::root()?.join("xtask/vm/smoke.sh");
-        let command = format!("sh '{}' '{}' /run/results/{SMOKE}.facts", script.display(), vxmon.display());
-        jobs.insert(0, Job { name: SMOKE.to_owned(), command, limit: SMOKE_LIMIT, harness: false });
-    }
-    if wanted("demo") && options.test.is_empty() {
-        let xtask = std::env::current_exe()?;
-        let command = format!("'{}' demo --binary '{}'", xtask.display(), vxmon.display());
-        jobs.push(Job { name: "demo".to_owned(), command, limit: DEMO_LIMIT, harness: false });
-    }
-    if let Some(engine) = &options.engine {
-        for job in &mut jobs {
-            job.command.insert_str(0, &format!("export VXMON_ENGINE='{engine}'; "));
-        }
-    }
-    if jobs.is_empty() {
-        bail!("no test is called that");
-    }
-    Ok(jobs)
-}
-
-/// The integration tests of the package, by name.
-fn test_names() -> Result<Vec<String>> {
-    let directory = cargo::root()?.join("tests/tests");
-    let entries = fs::read_dir(&directory).with_context(|| format!("cannot read {}", directory.display()))?;
-    let files = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
-    let mut names: Vec<String> = files.filter_map(|name| name.strip_suffix(".rs").map(str::to_owned)).collect();
-    names.sort();
-    Ok(names)
-}
-
-fn run_all(kernels: &[Kernel], jobs: &[Job], options: &Options) -> Result<Vec<KernelReport>> {
+/// Runs one guest after the other, keeps their results, and prints the table.
+fn run_all(runs: &[(Kernel, Vec<Job>)], update: bool, accel: Accel) -> Result<Vec<KernelReport>> {
+    let title = kept::run_title()?;
     let mut reports = Vec::new();
-    for kernel in kernels {
-        reports.push(run_one(kernel, jobs, options)?);
-        if proc::stop_signal().is_some() {
-            bail!("interrupted");
-        }
+    for (kernel, jobs) in runs {
+        let report = run_one(kernel, jobs, update, accel)?;
+        // Also if it was interrupted: what has ended has ended.
+        Kept::open()?.add(&report, &title)?;
+        ensure!(proc::stop_signal().is_none(), "interrupted");
+        reports.push(report);
     }
+    print!("\n{}", report::text(&reports));
     Ok(reports)
 }
 
-fn run_one(kernel: &Kernel, jobs: &[Job], options: &Options) -> Result<KernelReport> {
+/// `target/vm`: what guests ran, and what they said.
+fn directory() -> Result<PathBuf> {
+    let path = cargo::root()?.join("target/vm");
+    fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
+    Ok(path)
+}
+
+/// Those with these names; all, if there are none.
+fn choose(names: &[String]) -> Result<Vec<Kernel>> {
+    if names.is_empty() { Ok(KERNELS.to_vec()) } else { names.iter().map(|name| find(name)).collect() }
+}
+
+fn find(name: &str) -> Result<Kernel> {
+    KERNELS.into_iter().find(|kernel| kernel.name == name).with_context(|| {
+        let known: Vec<&str> = KERNELS.iter().map(|kernel| kernel.name).collect();
+        format!("no kernel is called `{name}`; there are {}", known.join(", "))
+    })
+}
+
+fn run_one(kernel: &Kernel, jobs: &[Job], update: bool, accel: Accel) -> Result<KernelReport> {
     let mut report = KernelReport {
         name: kernel.name.to_owned(),
         facts: BTreeMap::new(),
         results: BTreeMap::new(),
         unavailable: None,
-        broken: None,
         seconds: 0,
     };
-    let image = match kernel.image(options.update) {
+    let image = match kernel.image(update) {
         Ok(image) => image,
         Err(error) => {
+            ensure!(proc::stop_signal().is_none(), "interrupted");
             eprintln!("vm: kernel {}: {error:#}", kernel.name);
             report.unavailable = Some(format!("{error:#}"));
             return Ok(report);
         }
     };
-    let run = kernel::cache()?.join("runs").join(kernel.name);
-    let _ = fs::remove_dir_all(&run);
+    let runs = directory()?.join("runs");
+    fs::create_dir_all(&runs)?;
+    let _lock = cache::lock(&runs.join(format!("{}.lock", kernel.name)))?;
+    let run = runs.join(kernel.name);
     fs::create_dir_all(&run)?;
+    // What other jobs left there may still be of use: logs, transcripts.
+    for job in jobs {
+        job::forget(job, &run)?;
+    }
+    for file in ["facts", "dmesg.bad"] {
+        cache::remove(&run.join(file))?;
+    }
     fs::write(run.join("jobs"), jobs.iter().map(Job::line).collect::<String>())?;
-    let accel = options.accel.resolve(&image, &kernel::cache()?.join("runs/kvm"))?;
-    let limit = Duration::from_secs(BOOT_LIMIT + jobs.iter().map(|job| job.limit + 15).sum::<u64>());
+    let accel = accel.resolve(&image, &runs.join("kvm"))?;
+    let limit = Duration::from_secs(qemu::BOOT_LIMIT.as_secs() + jobs.iter().map(|job| job.limit + 15).sum::<u64>());
     let start = Instant::now();
     eprintln!("vm: kernel {}: booting ({accel:?}); console in {}", kernel.name, run.join("console.log").display());
     let mut ended = 0;
@@ -237,13 +223,16 @@ fn run_one(kernel: &Kernel, jobs: &[Job], options: &Options) -> Result<KernelRep
         }
         Ok(())
     });
-    report.broken = ran.err().map(|error| format!("{error:#}"));
     report.seconds = start.elapsed().as_secs();
     for job in jobs {
         for (name, outcome) in job::results(job, &run)?.unwrap_or_default() {
             report.results.insert(if job.harness { format!("{}::{name}", job.name) } else { name }, outcome);
         }
         read_facts(&run.join(format!("{}.facts", job.name)), &mut report.facts);
+    }
+    if let (Err(error), None) = (ran, proc::stop_signal()) {
+        let name = jobs.get(ended).map_or("guest", |job| job.name.as_str());
+        report.results.insert(name.to_owned(), Outcome::Failed(format!("{error:#}")));
     }
     read_facts(&run.join("facts"), &mut report.facts);
     let warnings = fs::read_to_string(run.join("dmesg.bad")).unwrap_or_default();

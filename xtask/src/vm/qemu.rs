@@ -21,7 +21,11 @@ const CPUS: &str = "2";
 const MEMORY: &str = "2048";
 /// A guest under KVM is there after this time, or hangs. Under TCG, a kernel needs a few seconds to a minute.
 const KVM_LIMIT: Duration = Duration::from_secs(15);
+/// From power-on until the guest has written its facts, at most.
+pub const BOOT_LIMIT: Duration = Duration::from_secs(300);
 const TICK: Duration = Duration::from_millis(100);
+/// How many times longer than here things may take in an emulated guest.
+const SLOWNESS: u32 = 8;
 /// How many lines of the console are shown of a guest that hangs.
 const LAST_LINES: usize = 30;
 
@@ -105,12 +109,11 @@ impl Guest<'_> {
                 break status;
             }
             ensure!(proc::stop_signal().is_none(), "interrupted");
-            if start.elapsed() > self.limit {
-                bail!(
-                    "the guest did not end within {} s; its console's last lines:\n{}",
-                    self.limit.as_secs(),
-                    last(&console)
-                );
+            let booted = self.run.join("facts").exists();
+            let (limit, what) = if booted { (self.limit, "end") } else { (self.limit.min(BOOT_LIMIT), "start") };
+            if start.elapsed() > limit {
+                let limit = limit.as_secs();
+                bail!("the guest did not {what} within {limit} s; its console's last lines:\n{}", last(&console));
             }
             each(self.run)?;
             thread::sleep(TICK);
@@ -129,15 +132,17 @@ impl Guest<'_> {
         let guest = crate::cargo::root()?.join("xtask/vm/guest.sh");
         let modules =
             self.image.modules.as_ref().map_or_else(String::new, |path| format!(" VXMON_MODULES={}", path.display()));
+        let (accel, cpu, slowness) = match self.accel {
+            Accel::Kvm => ("kvm", "host", 1),
+            // Five-level page tables cost an emulated kernel seconds at boot.
+            Accel::Auto | Accel::Tcg => ("tcg,thread=multi", "max,la57=off", SLOWNESS),
+        };
+        // What the kernel does not know it puts into the first process's environment.
         let append = format!(
-            "console=ttyS0 panic=-1 mitigations=off loglevel=5 random.trust_cpu=on VXMON_GUEST={}{modules}",
+            "console=ttyS0 panic=-1 mitigations=off loglevel=5 random.trust_cpu=on VXMON_SLOWNESS={slowness} \
+             VXMON_GUEST={}{modules}",
             guest.display()
         );
-        let (accel, cpu) = match self.accel {
-            Accel::Kvm => ("kvm", "host"),
-            // Five-level page tables cost an emulated kernel seconds at boot.
-            Accel::Auto | Accel::Tcg => ("tcg,thread=multi", "max,la57=off"),
-        };
         let share = |path: &Path, tag: &str, more: &str| {
             format!("local,path={},mount_tag={tag},security_model=none,multidevs=remap{more}", path.display())
         };

@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, fmt::Write as _};
 use serde_json::{Value, json};
 
 use super::job::Outcome;
+use crate::test::Count;
 
 /// What became of a kernel.
 #[derive(Debug)]
@@ -17,24 +18,24 @@ pub struct KernelReport {
     pub results: BTreeMap<String, Outcome>,
     /// Why the kernel could not be had.
     pub unavailable: Option<String>,
-    /// Why the guest did not get to its end.
-    pub broken: Option<String>,
     /// Seconds.
     pub seconds: u64,
 }
 
 impl KernelReport {
-    /// Tests passed, failed, skipped. A guest that did not get to its end counts as a failure.
-    pub fn counts(&self) -> (usize, usize, usize) {
-        let count = |wanted: fn(&Outcome) -> bool| self.results.values().filter(|outcome| wanted(outcome)).count();
-        (
-            count(|outcome| matches!(outcome, Outcome::Passed)),
-            count(|outcome| matches!(outcome, Outcome::Failed(_))) + usize::from(self.broken.is_some()),
-            count(|outcome| matches!(outcome, Outcome::Skipped(_))),
-        )
+    /// Tests passed, failed, skipped. A kernel that cannot be had counts as one that was skipped.
+    pub fn count(&self) -> Count {
+        let count =
+            |wanted: fn(&Outcome) -> bool| self.results.values().filter(|outcome| wanted(outcome)).count() as u64;
+        Count {
+            passed: count(|outcome| matches!(outcome, Outcome::Passed)),
+            failed: count(|outcome| matches!(outcome, Outcome::Failed(_))),
+            skipped: count(|outcome| matches!(outcome, Outcome::Skipped(_))) + u64::from(self.unavailable.is_some()),
+        }
     }
 
-    fn title(&self) -> String {
+    /// The kernel's release, once known.
+    pub fn title(&self) -> String {
         match self.facts.get("release") {
             Some(release) => release.clone(),
             None => self.name.clone(),
@@ -81,43 +82,38 @@ pub fn text(reports: &[KernelReport]) -> String {
                 Outcome::Passed => {}
             }
         }
-        if let Some(why) = &report.broken {
-            let _ = writeln!(out, "  FAILED: {why}");
-        }
     }
     out.push('\n');
     for report in reports {
-        let (passed, failed, skipped) = report.counts();
+        let (name, count) = (&report.name, report.count());
         let _ = match &report.unavailable {
-            Some(why) => writeln!(out, "kernel {}: not to be had here: {why}", report.name),
-            None => writeln!(
-                out,
-                "kernel {} ({}): {passed} passed, {failed} failed, {skipped} skipped, {} s",
-                report.name,
-                report.title(),
-                report.seconds
-            ),
+            Some(why) => writeln!(out, "SKIP kernel {name}: not to be had here: {why}"),
+            None => writeln!(out, "kernel {name} ({}): {count}, {} s", report.title(), report.seconds),
         };
     }
     out
 }
 
-/// The same, for programs.
-pub fn json(reports: &[KernelReport]) -> Value {
-    let outcome = |outcome: &Outcome| match outcome {
+/// What became of a test, for programs.
+pub fn outcome_json(outcome: &Outcome) -> Value {
+    match outcome {
         Outcome::Passed => json!({"result": "passed"}),
         Outcome::Skipped(why) => json!({"result": "skipped", "why": why}),
         Outcome::Failed(why) => json!({"result": "failed", "why": why}),
-    };
+    }
+}
+
+/// The same as [`text`], for programs.
+pub fn json(reports: &[KernelReport]) -> Value {
     let kernels: Vec<Value> = reports
         .iter()
         .map(|report| {
             let tests: BTreeMap<&String, Value> =
-                report.results.iter().map(|(name, result)| (name, outcome(result))).collect();
-            let (passed, failed, skipped) = report.counts();
+                report.results.iter().map(|(name, result)| (name, outcome_json(result))).collect();
+            let Count { passed, failed, skipped } = report.count();
             json!({
                 "kernel": report.name, "facts": report.facts, "tests": tests, "passed": passed, "failed": failed,
-                "skipped": skipped, "unavailable": report.unavailable, "broken": report.broken, "seconds": report.seconds,
+                "skipped": skipped, "unavailable": report.unavailable, "seconds": report.seconds,
             })
         })
         .collect();

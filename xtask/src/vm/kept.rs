@@ -1,0 +1,219 @@
+//! The results of all runs in this clone, by kernel and test, each with the run that it is of; and the table made of them, for
+//! docs/kernels.md. A run of a few tests on one kernel renews those, and no others.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result};
+use serde_json::{Value, json};
+
+use super::{
+    directory,
+    kernel::KERNELS,
+    report::{KernelReport, outcome_json},
+    select::LAB,
+};
+use crate::{cargo, proc};
+
+const VERIFIED: &str = "verified instructions, ";
+
+/// What is kept.
+pub struct Kept {
+    path: PathBuf,
+    /// By kernel: `title`, `facts`, and `tests`, by name, with `result`, `why` and `run`.
+    kernels: BTreeMap<String, Value>,
+}
+
+impl Kept {
+    /// Reads what is there.
+    pub fn open() -> Result<Self> {
+        Self::at(directory()?.join("results.json"))
+    }
+
+    fn at(path: PathBuf) -> Result<Self> {
+        let kernels = match fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| format!("cannot read {}", path.display()))?,
+            Err(_) => BTreeMap::new(),
+        };
+        Ok(Self { path, kernels })
+    }
+
+    /// Takes in the results of a run, and writes everything.
+    pub fn add(&mut self, report: &KernelReport, run: &str) -> Result<()> {
+        let kernel = self.kernels.entry(report.name.clone()).or_insert_with(|| json!({"facts": {}, "tests": {}}));
+        if let Some(why) = &report.unavailable {
+            kernel["unavailable"] = why.lines().next().into();
+        } else {
+            kernel["unavailable"] = Value::Null;
+            kernel["title"] = report.title().into();
+        }
+        for (name, value) in report.facts.iter().filter(|(name, _)| *name != "release") {
+            kernel["facts"][name] = value.clone().into();
+        }
+        for (name, outcome) in &report.results {
+            let mut record = outcome_json(outcome);
+            record["run"] = run.into();
+            kernel["tests"][name] = record;
+        }
+        let new = self.path.with_extension("new");
+        fs::write(&new, serde_json::to_vec_pretty(&self.kernels)?)?;
+        Ok(fs::rename(new, &self.path)?)
+    }
+
+    /// The tables, in Markdown.
+    pub fn markdown(&self) -> String {
+        let mut out = String::from(
+            "# Tests by kernel\n\nWritten by `cargo xtask vm --markdown docs/kernels.md` from what its runs printed; not \
+             edited by hand. The kernels run in QEMU, emulated. Rows are test binaries of `tests/tests` and what \
+             `xtask/vm/smoke.sh` and `cargo xtask demo` do; a number is how many tests passed.\n\n",
+        );
+        let columns: Vec<(&str, &Value)> =
+            KERNELS.iter().map(|kernel| (kernel.name, self.kernels.get(kernel.name).unwrap_or(&Value::Null))).collect();
+        let title = |(name, kernel): &(&str, &Value)| match (&kernel["unavailable"], kernel["title"].as_str()) {
+            (Value::String(_), _) => format!("{name} (not to be had)"),
+            (_, Some(title)) => format!("{name} ({title})"),
+            _ => (*name).to_owned(),
+        };
+        let titles: Vec<String> = columns.iter().map(title).collect();
+        let mut rows: Vec<String> = LAB.iter().map(|((name, _), _)| (*name).to_owned()).collect();
+        let others: BTreeSet<String> = columns
+            .iter()
+            .flat_map(|(_, kernel)| tests(kernel).map(|(name, _)| binary(name).to_owned()))
+            .filter(|name| !rows.contains(name))
+            .collect();
+        rows.extend(others);
+        line(&mut out, "test", &titles);
+        rule(&mut out, titles.len());
+        for row in &rows {
+            let cells: Vec<String> = columns.iter().map(|(_, kernel)| cell(kernel, row)).collect();
+            line(&mut out, row, &cells);
+        }
+        out.push_str("\n## Skipped and failed\n\n");
+        for (name, kernel) in &columns {
+            if let Some(why) = kernel["unavailable"].as_str() {
+                let _ = writeln!(out, "- {name}: not to be had: {why}");
+            }
+            for (test, record) in tests(kernel).filter(|(_, record)| record["result"] != "passed") {
+                let why = record["why"].as_str().unwrap_or_default().lines().next().unwrap_or_default();
+                let _ = writeln!(out, "- {name}: `{test}` {}: {why}", record["result"].as_str().unwrap_or_default());
+            }
+        }
+        out.push_str(
+            "\n## What the kernels told\n\nInstructions that the verifier went over, of 1,000,000, and others.\n\n",
+        );
+        let facts: BTreeSet<&String> =
+            columns.iter().flat_map(|(_, kernel)| facts(kernel).map(|(name, _)| name)).collect();
+        line(&mut out, "", &titles);
+        rule(&mut out, titles.len());
+        for fact in facts {
+            let value = |(_, kernel): &(&str, &Value)| kernel["facts"][fact].as_str().unwrap_or("").trim().to_owned();
+            line(&mut out, fact.strip_prefix(VERIFIED).unwrap_or(fact), &columns.iter().map(value).collect::<Vec<_>>());
+        }
+        out.push_str("\n## Runs\n\n");
+        let mut runs: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+        for (name, kernel) in &columns {
+            for (_, record) in tests(kernel) {
+                runs.entry(record["run"].as_str().unwrap_or_default()).or_default().insert(name);
+            }
+        }
+        for (run, kernels) in runs {
+            let kernels: Vec<&str> = kernels.into_iter().collect();
+            let _ = writeln!(out, "- {run}: {}", kernels.join(", "));
+        }
+        out
+    }
+
+    /// Writes the tables to a file.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        fs::write(path, self.markdown()).with_context(|| format!("cannot write {}", path.display()))
+    }
+}
+
+/// Day, command and version of a run that begins now.
+pub fn run_title() -> Result<String> {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let day = proc::output(Command::new("date").args(["-u", "+%F"])).context("date does not run")?;
+    let mut git = Command::new("git");
+    git.current_dir(cargo::root()?).args(["describe", "--always", "--dirty"]);
+    let version = proc::output(&mut git).map_or_else(String::new, |version| format!(" ({version})"));
+    Ok(format!("{day}, `cargo xtask {}`{version}", words.join(" ")))
+}
+
+fn tests(kernel: &Value) -> impl Iterator<Item = (&String, &Value)> {
+    kernel["tests"].as_object().into_iter().flatten()
+}
+
+fn facts(kernel: &Value) -> impl Iterator<Item = (&String, &Value)> {
+    kernel["facts"].as_object().into_iter().flatten()
+}
+
+/// `recall::TEST` is of `recall`, `demo` is of itself.
+fn binary(test: &str) -> &str {
+    test.split("::").next().unwrap_or(test)
+}
+
+fn cell(kernel: &Value, row: &str) -> String {
+    let count =
+        |wanted: &str| tests(kernel).filter(|(name, record)| binary(name) == row && record["result"] == wanted).count();
+    let (passed, failed, skipped) = (count("passed"), count("failed"), count("skipped"));
+    let mut parts = Vec::new();
+    if passed > 0 {
+        parts.push(passed.to_string());
+    }
+    if failed > 0 {
+        parts.push(format!("**{failed} failed**"));
+    }
+    if skipped > 0 {
+        parts.push(format!("{skipped} skipped"));
+    }
+    if parts.is_empty() { "not run".to_owned() } else { parts.join(", ") }
+}
+
+fn line(out: &mut String, first: &str, cells: &[String]) {
+    let _ = writeln!(out, "| {first} | {} |", cells.join(" | "));
+}
+
+fn rule(out: &mut String, columns: usize) {
+    let _ = writeln!(out, "|{}", "---|".repeat(columns + 1));
+}
+
+#[cfg(test)]
+mod tests_of_it {
+    use std::{collections::BTreeMap, fs};
+
+    use super::Kept;
+    use crate::vm::{job::Outcome, report::KernelReport};
+
+    fn report(results: &[(&str, Outcome)]) -> KernelReport {
+        KernelReport {
+            name: "6.1".to_owned(),
+            facts: BTreeMap::from([("release".to_owned(), "6.1.0-1".to_owned())]),
+            results: results.iter().map(|(name, outcome)| ((*name).to_owned(), outcome.clone())).collect(),
+            unavailable: None,
+            seconds: 1,
+        }
+    }
+
+    #[test]
+    fn a_run_renews_its_own_tests_only() {
+        let path = std::env::temp_dir().join(format!("vxmon-kept-{}", std::process::id()));
+        let mut kept = Kept::at(path.clone()).unwrap();
+        let failed = Outcome::Failed("1 is not 2\nand more".to_owned());
+        kept.add(&report(&[("recall::a", failed), ("recall::b", Outcome::Passed)]), "first").unwrap();
+        kept.add(&report(&[("recall::a", Outcome::Passed), ("demo", Outcome::Skipped("no".to_owned()))]), "second")
+            .unwrap();
+        let text = Kept::at(path.clone()).unwrap().markdown();
+        fs::remove_file(path).unwrap();
+        let row = |name: &str| text.lines().find(|line| line.starts_with(&format!("| {name} |"))).unwrap().to_owned();
+        assert_eq!(row("recall"), "| recall | not run | not run | 2 | not run | not run | not run |");
+        assert_eq!(row("demo"), "| demo | not run | not run | 1 skipped | not run | not run | not run |");
+        assert!(row("test").contains("6.1 (6.1.0-1)"));
+        assert!(text.contains("- 6.1: `demo` skipped: no\n") && !text.contains("1 is not 2"));
+        assert!(text.contains("- first: 6.1\n") && text.contains("- second: 6.1\n"));
+    }
+}
