@@ -335,40 +335,40 @@ pub extern "C" fn vxmon_sum(skb: *mut __sk_buff, at: u32, len: u32) -> u64 {
     let Some(tail) = sum_tail(&packet, at + (len & !63), len & 63) else {
         return FAILED;
     };
-    let mut sum = tail;
     let mut at = at;
     let mut left = len & !63;
-    if setting(|config| &config.csum_chunk) >= LADDER_TOP {
-        for _ in 0..0x1_0000 / LADDER_TOP {
-            if left < LADDER_TOP {
-                break;
-            }
-            // Not added: the verifier would follow what comes after once for each piece that failed.
-            let piece = sum_inline::<{ LADDER_TOP / 64 }>(skb, at);
-            if piece >= FAILED {
-                return FAILED;
-            }
-            sum += piece;
-            at += LADDER_TOP;
-            left -= LADDER_TOP;
-        }
+    let pieces = if setting(|config| &config.csum_chunk) >= LADDER_TOP {
+        sum_pieces::<LADDER_TOP>(skb, &mut at, &mut left)
     } else {
-        for _ in 0..0x1_0000 / SCRATCHPAD {
-            if left < SCRATCHPAD {
-                break;
-            }
-            let piece = sum_inline::<{ SCRATCHPAD / 64 }>(skb, at);
-            if piece >= FAILED {
-                return FAILED;
-            }
-            sum += piece;
-            at += SCRATCHPAD;
-            left -= SCRATCHPAD;
-        }
+        sum_pieces::<SCRATCHPAD>(skb, &mut at, &mut left)
+    };
+    if pieces >= FAILED {
+        return FAILED;
     }
+    let mut sum = tail + pieces;
     let (at, left) = (forget(skb, at), forget(skb, left));
     if left > 0 {
         sum += sum_blocks(skb, at, left >> 6);
+    }
+    sum
+}
+
+/// As many whole pieces of the linear part as there are in `left` bytes at `at`, which are moved behind them.
+#[inline(always)]
+fn sum_pieces<const PIECE: u32>(skb: *mut __sk_buff, at: &mut u32, left: &mut u32) -> u64 {
+    let mut sum = 0;
+    for _ in 0..0x1_0000 / PIECE {
+        if *left < PIECE {
+            break;
+        }
+        // Not added: the verifier would follow what comes after once for each piece that failed.
+        let piece = sum_inline::<PIECE>(skb, *at);
+        if piece >= FAILED {
+            return FAILED;
+        }
+        sum += piece;
+        *at += PIECE;
+        *left -= PIECE;
     }
     sum
 }
@@ -410,19 +410,19 @@ fn words<const N: usize>(packet: &SkbPacket, at: u32) -> Option<Sum> {
     Some(sum)
 }
 
-/// `N` blocks of 64 bytes of the linear part. Never inlined: were the arms of [`sum_blocks`] merged into one call, its
+/// `LEN` bytes of the linear part, divisible by 4. Never inlined: were the arms of [`sum_blocks`] merged into one call, its
 /// length would no longer be known to the verifier.
 #[inline(never)]
-fn sum_exactly<const N: u32>(skb: *mut __sk_buff, at: u32) -> u64 {
-    sum_inline::<N>(skb, at)
+fn sum_exactly<const LEN: u32>(skb: *mut __sk_buff, at: u32) -> u64 {
+    sum_inline::<LEN>(skb, at)
 }
 
 /// As [`sum_exactly`], where there is one length only.
 #[inline(always)]
-fn sum_inline<const N: u32>(skb: *mut __sk_buff, at: u32) -> u64 {
-    match SkbPacket::new(skb).linear(at, 64 * N) {
+fn sum_inline<const LEN: u32>(skb: *mut __sk_buff, at: u32) -> u64 {
+    match SkbPacket::new(skb).linear(at, LEN) {
         // SAFETY: within the linear part.
-        Some(data) => unsafe { csum_diff(data, 64 * N) },
+        Some(data) => unsafe { csum_diff(data, LEN) },
         None => FAILED,
     }
 }
@@ -441,7 +441,7 @@ fn sum_blocks(skb: *mut __sk_buff, at: u32, blocks: u32) -> u64 {
     macro_rules! ladder {
         ($($n:literal)*) => {
             match blocks {
-                $($n => sum_exactly::<$n>(skb, at),)*
+                $($n => sum_exactly::<{ 64 * $n }>(skb, at),)*
                 _ => FAILED,
             }
         };
