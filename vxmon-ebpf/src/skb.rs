@@ -165,7 +165,7 @@ fn forget(skb: *mut __sk_buff, number: u32) -> u32 {
 
 /// The same number, of which the verifier knows no more than of `unknown`: it is combined twice with that.
 #[inline(always)]
-fn forget_as(mut number: u64, unknown: u64) -> u64 {
+pub fn forget_as(mut number: u64, unknown: u64) -> u64 {
     #[cfg(target_arch = "bpf")]
     // SAFETY: two moves of bits in a register.
     unsafe {
@@ -292,7 +292,7 @@ impl Packet for Piece {
 
 /// Walks an IP header. A global function, which the verifier checks once for any arguments, not anew for each way through
 /// the headers before it, nor what follows for each way through these.
-#[unsafe(no_mangle)]
+#[cfg_attr(feature = "modern", unsafe(no_mangle))]
 #[inline(never)]
 pub extern "C" fn vxmon_ip(skb: *mut __sk_buff, ethertype: u32, l3: u32) -> u64 {
     Ip::pack(ip(&SkbPacket::new(skb), ethertype as u16, l3))
@@ -300,7 +300,7 @@ pub extern "C" fn vxmon_ip(skb: *mut __sk_buff, ethertype: u32, l3: u32) -> u64 
 
 /// Judges a datagram without knowing which row of the judge's table applies; see [`Datagram::pack`]. A global function, as
 /// [`vxmon_ip`] is.
-#[unsafe(no_mangle)]
+#[cfg_attr(feature = "modern", unsafe(no_mangle))]
 #[inline(never)]
 pub extern "C" fn vxmon_any(skb: *mut __sk_buff, datagram: u64, pseudo: u64, sum_payload: u32) -> u64 {
     let datagram = Datagram::unpack(datagram, Sum::from_bits(pseudo));
@@ -314,14 +314,14 @@ pub fn any_reading(skb: *mut __sk_buff, datagram: &Datagram, sum_payload: bool) 
 }
 
 /// Returned instead of a sum, and still recognised after sums were added; no sum of 64 KiB gets near it.
-const FAILED: u64 = 1 << 56;
+pub const FAILED: u64 = 1 << 56;
 /// The longest piece summed at once, on kernels that sum packet data in place.
 const LADDER_TOP: u32 = 1472;
 /// The longest piece that older kernels take (their scratchpad, `struct bpf_scratchpad` in net/core/filter.c).
 const SCRATCHPAD: u32 = 512;
 
 /// Sums `len` bytes at `at`. A global function, as [`vxmon_ip`] is.
-#[unsafe(no_mangle)]
+#[cfg_attr(feature = "modern", unsafe(no_mangle))]
 #[inline(never)]
 pub extern "C" fn vxmon_sum(skb: *mut __sk_buff, at: u32, len: u32) -> u64 {
     let packet = SkbPacket::new(skb);
