@@ -2,7 +2,7 @@
 //! sent within the last second, it goes to the daemon. Counted even if it cannot be sent. The follow-up on one, a good
 //! packet of its connection, goes the same way, uncounted.
 
-use core::{borrow::Borrow, ptr::copy_nonoverlapping};
+use core::{borrow::Borrow, mem::MaybeUninit, ptr::copy_nonoverlapping};
 
 use aya_ebpf::{
     bindings::__sk_buff,
@@ -90,7 +90,7 @@ fn report(skb: *mut __sk_buff, case: &Case) -> bool {
         return false;
     };
     // SAFETY: this CPU's values of the maps.
-    let (endpoints, key) = unsafe { (&mut *endpoints, &mut *key) };
+    let (endpoints, key) = unsafe { (&mut *endpoints, &mut *key.cast()) };
     find_endpoints(packet, &case.ip, endpoints);
     // Not before: the verifier would follow that once for each kind of answer.
     let conntrack = meta::conntrack(skb);
@@ -160,7 +160,7 @@ pub fn count<C: Borrow<Connection>>(
     awaited: Option<&Awaited>,
     conntrack: &Conntrack,
     endpoints: &Endpoints,
-    key: &mut FlowKey,
+    key: &mut MaybeUninit<FlowKey>,
 ) -> Option<(Counted, Option<*mut FlowCount>)> {
     let is_anomaly = case.outcome.is_anomaly();
     let nat = match conntrack {
@@ -316,9 +316,8 @@ pub fn find_endpoints<P: Packet>(packet: &P, ip: &Ip, endpoints: &mut Endpoints)
 
 /// The flow's counts, made if they are not there yet.
 #[inline(always)]
-fn flow(endpoints: &Endpoints, ifindex: u32, verdict: Verdict, key: &mut FlowKey) -> Option<*mut FlowCount> {
-    write_key(endpoints, ifindex, verdict as u32, key);
-    let key = &*key;
+fn flow(endpoints: &Endpoints, ifindex: u32, verdict: Verdict, key: &mut MaybeUninit<FlowKey>) -> Option<*mut FlowCount> {
+    let key = write_key(endpoints, ifindex, verdict as u32, key);
     if let Some(flow) = FLOWS.get_ptr_mut(key) {
         return Some(flow);
     }
@@ -329,10 +328,20 @@ fn flow(endpoints: &Endpoints, ifindex: u32, verdict: Verdict, key: &mut FlowKey
 }
 
 #[inline(always)]
-fn write_key(endpoints: &Endpoints, ifindex: u32, verdict: u32, key: &mut FlowKey) {
-    (key.src, key.dst) = (endpoints.src, endpoints.dst);
-    (key.sport, key.dport) = (endpoints.sport, endpoints.dport);
-    (key.ifindex, key.verdict) = (ifindex, verdict);
+fn write_key<'a>(
+    endpoints: &Endpoints,
+    ifindex: u32,
+    verdict: u32,
+    key: &'a mut MaybeUninit<FlowKey>,
+) -> &'a FlowKey {
+    let to = key.as_mut_ptr();
+    // SAFETY: writable; each field is written, and there is no padding (IntoBytes is derived).
+    unsafe {
+        ((*to).src, (*to).dst) = (endpoints.src, endpoints.dst);
+        ((*to).sport, (*to).dport) = (endpoints.sport, endpoints.dport);
+        ((*to).ifindex, (*to).verdict) = (ifindex, verdict);
+        key.assume_init_ref()
+    }
 }
 
 /// The counts of the flow of a case that was counted.
@@ -341,10 +350,9 @@ pub fn known_flow(
     skb: *mut __sk_buff,
     counted: &Counted,
     endpoints: &Endpoints,
-    key: &mut FlowKey,
+    key: &mut MaybeUninit<FlowKey>,
 ) -> Option<*mut FlowCount> {
-    write_key(endpoints, ifindex(skb), counted.verdict, key);
-    FLOWS.get_ptr_mut(&*key)
+    FLOWS.get_ptr_mut(write_key(endpoints, ifindex(skb), counted.verdict, key))
 }
 
 /// Adds one, atomically among CPUs (BPF_ATOMIC | BPF_ADD, in every kernel with eBPF).

@@ -1,5 +1,7 @@
 //! What each stage does. The entries look whether the packet is one to judge at all; most packets of a node end there.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_CURRENT_CPU},
     helpers::generated::{bpf_get_prandom_u32, bpf_perf_event_output},
@@ -8,8 +10,8 @@ use aya_ebpf::{
 use vxmon_common::{
     checksum::Sum,
     config::{Device, PORTS, SLOTS, SLOTS_TABLE, device_flag, legacy::stage, port_flag, slot_bits},
-    event::{Event, FlowKey, role},
-    judge::{self, Datagram, Glance, Packed, Reason, Skb, Surroundings},
+    event::{Event, role},
+    judge::{self, Datagram, Glance, Packed, Reason, Skb, State, Surroundings},
     packet::{self, ETHERNET, Ip, Packet, ethertype},
     story,
 };
@@ -407,7 +409,7 @@ pub fn count(skb: *mut __sk_buff) -> Option<()> {
     // SAFETY: this CPU's value of the map.
     let endpoints = unsafe { &mut *work.endpoints() };
     report::find_endpoints(&Window::<1>::new(skb, work), &case.ip, endpoints);
-    let (tally, unknown, mut key) = (Tally::of(case.slot)?, Conntrack::Unknown, FlowKey::default());
+    let (tally, unknown, mut key) = (Tally::of(case.slot)?, Conntrack::Unknown, MaybeUninit::uninit());
     let counted = report::count(skb, case, &tally, connection, awaited.as_ref(), &unknown, endpoints, &mut key);
     if let Some((counted, _)) = counted {
         // SAFETY: this CPU's value of the map.
@@ -428,9 +430,18 @@ pub fn send(skb: *mut __sk_buff) -> Option<()> {
     let packet = Window::<1>::new(skb, work);
     // SAFETY: this CPU's values of the maps.
     let (case, counted) = unsafe { (&*work.case(), &*work.counted()) };
+    // Skb::UNKNOWN, of which the compiler would make a call of memset.
+    let zero = || crate::zero() as u32;
+    let unknown = Skb {
+        state: State::Unknown,
+        csum_start: zero(),
+        csum_offset: zero(),
+        gso_size: zero(),
+        gso_type: zero(),
+    };
     // SAFETY: as above.
     let failed = unsafe {
-        report::fill(event, &packet, case, counted, skb, &Skb::UNKNOWN, &Conntrack::Unknown);
+        report::fill(event, &packet, case, counted, skb, &unknown, &Conntrack::Unknown);
         bpf_perf_event_output(
             skb.cast(),
             (&raw const PERF_EVENTS).cast_mut().cast(),
@@ -451,7 +462,7 @@ pub fn send(skb: *mut __sk_buff) -> Option<()> {
         return Some(());
     }
     // SAFETY: this CPU's value of the map.
-    let (endpoints, mut key) = (unsafe { &*work.endpoints() }, FlowKey::default());
+    let (endpoints, mut key) = (unsafe { &*work.endpoints() }, MaybeUninit::uninit());
     report::sent(&tally, counted, report::known_flow(skb, counted, endpoints, &mut key));
     Some(())
 }

@@ -5,7 +5,7 @@ use core::mem::MaybeUninit;
 use aya_ebpf::{bindings::__sk_buff, helpers::generated::bpf_skb_load_bytes};
 use vxmon_common::{
     checksum::Sum,
-    packet::{ETHERNET, IPV4, Ip, Packet, Stop, UDP, VXLAN},
+    packet::{Chain, ETHERNET, IPV4, Ip, MAX_EXTENSIONS, Packet, Stop, UDP, VXLAN},
 };
 
 use super::work::{Handle, SUMS, Walk, ask};
@@ -129,6 +129,25 @@ impl<const INNER: usize> Packet for Window<INNER> {
     #[inline(always)]
     fn forget(&self, offset: u32) -> u32 {
         forget_as(offset.into(), self.work.len().into()) as u32
+    }
+    /// Without a loop; and after each header the verifier knows no more than after any other.
+    #[inline(always)]
+    fn extensions(&self, chain: &mut Chain) -> Result<(), Stop> {
+        macro_rules! steps {
+            ($($n:literal)*) => {
+                const { assert!([$($n),*].len() == MAX_EXTENSIONS as usize) };
+                $(
+                    let _ = $n;
+                    if chain.is_at_end() {
+                        return Ok(());
+                    }
+                    chain.step(self)?;
+                    *chain = Chain::unpack(forget_as(chain.pack(), self.work.len().into())).ok_or(Stop::Unreadable)?;
+                )*
+            };
+        }
+        steps!(1 2 3 4 5 6 7 8);
+        Ok(())
     }
     /// The answer of [`super::stage::walk`], or a note that it is to be asked.
     #[inline(always)]
