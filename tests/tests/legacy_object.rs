@@ -5,7 +5,13 @@
 
 #![expect(clippy::print_stdout, reason = "the counts are for who reads the test's output")]
 
-use std::collections::{BTreeMap, BTreeSet};
+#[path = "support/verifier.rs"]
+mod verifier;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    os::fd::RawFd,
+};
 
 use anyhow::{Context, Result, bail, ensure};
 use aya::programs::SchedClassifier;
@@ -207,7 +213,11 @@ fn context_step(instruction: &bpf_insn, mut holders: Holders) -> Result<Holders>
             }
         }
         class::ALU64 if instruction.code == 0xbf => {
-            if holders.contains(&from) { holders.insert(to) } else { holders.remove(&to) };
+            if holders.contains(&from) {
+                holders.insert(to)
+            } else {
+                holders.remove(&to)
+            };
         }
         class::ALU | class::ALU64 => {
             let by_register = instruction.code & BPF_X != 0 && holders.contains(&from);
@@ -264,6 +274,28 @@ fn old_verifiers_find_nothing_to_refuse() -> Result<()> {
     Ok(())
 }
 
+/// The programs as they are loaded, with the indexes of maps in place of their descriptors; and these maps.
+fn linked() -> Result<(BTreeMap<String, Vec<bpf_insn>>, Vec<verifier::MapSizes>)> {
+    let mut object = object()?;
+    let maps = object.maps.clone();
+    let names: Vec<&String> = maps.keys().collect();
+    let numbered = names.iter().enumerate().map(|(fd, name)| (name.as_str(), fd as RawFd, &maps[*name]));
+    object.relocate_maps(numbered, &std::collections::HashSet::new())?;
+    let sizes = |name: &&String| verifier::MapSizes { key: maps[*name].key_size(), value: maps[*name].value_size() };
+    Ok((programs(&object)?, names.iter().map(sizes).collect()))
+}
+
+/// An old verifier, as far as it is known what that does, comes to the end of each program, and soon.
+#[test]
+fn an_old_verifier_comes_to_the_end() -> Result<()> {
+    let (programs, maps) = linked()?;
+    for (name, code) in programs {
+        let verified = verifier::verify(&code, &maps, MAX_VERIFIED as usize).with_context(|| name.clone())?;
+        println!("{name}: {verified:?}");
+    }
+    Ok(())
+}
+
 /// The one for newer kernels has most of what is looked for, so that the checks above can fail.
 #[test]
 fn the_checks_can_fail() -> Result<()> {
@@ -276,13 +308,6 @@ fn the_checks_can_fail() -> Result<()> {
         println!("{name}: {error:#}");
     }
 
-    let instruction = |code: u8, registers: u8, off: i16, imm: i32| {
-        let mut instruction: bpf_insn = no_instruction();
-        (instruction.code, instruction.off, instruction.imm) = (code, off, imm);
-        instruction.set_dst_reg(registers & 0xf);
-        instruction.set_src_reg(registers >> 4);
-        instruction
-    };
     let exit = instruction(EXIT, 0, 0, 0);
     let refused: [(&str, Vec<bpf_insn>); 9] = [
         ("back-edge", vec![instruction(0xb7, 0, 0, 0), instruction(JA, 0, -2, 0), exit]),
@@ -294,12 +319,7 @@ fn the_checks_can_fail() -> Result<()> {
         ("reads 4 bytes at 176", vec![instruction(0xbf, 0x16, 0, 0), instruction(0x61, 0x60, 176, 0), exit]),
         (
             "writes to __sk_buff",
-            vec![
-                instruction(0x7b, 0x1a, -8, 0),
-                instruction(0x79, 0xa7, -8, 0),
-                instruction(0x62, 0x07, 8, 1),
-                exit,
-            ],
+            vec![instruction(0x7b, 0x1a, -8, 0), instruction(0x79, 0xa7, -8, 0), instruction(0x62, 0x07, 8, 1), exit],
         ),
         ("computes with the context", vec![instruction(0x07, 1, 0, 4), exit]),
     ];
@@ -310,8 +330,12 @@ fn the_checks_can_fail() -> Result<()> {
     check(&[instruction(0x61, 0x10, 80, 0), exit])
 }
 
-fn no_instruction() -> bpf_insn {
-    bpf_insn { code: 0, _bitfield_align_1: [], _bitfield_1: Default::default(), off: 0, imm: 0 }
+/// An instruction; the registers as they stand in it, destination in the lower half.
+fn instruction(code: u8, registers: u8, off: i16, imm: i32) -> bpf_insn {
+    let mut instruction = bpf_insn { code, _bitfield_align_1: [], _bitfield_1: Default::default(), off, imm };
+    instruction.set_dst_reg(registers & 0xf);
+    instruction.set_src_reg(registers >> 4);
+    instruction
 }
 
 /// How much work each program is to this kernel's verifier, which must be well below what the old ones do at most.
@@ -331,4 +355,72 @@ fn little_is_left_to_verify() -> Result<()> {
         ensure!(verified < MAX_VERIFIED / 2, "{name}: {verified}");
     }
     Ok(())
+}
+
+/// What that verifier is there for: a program that differs in one thing passes, and does not.
+#[test]
+fn the_old_verifier_can_refuse() -> Result<()> {
+    const MAPS: [verifier::MapSizes; 1] = [verifier::MapSizes { key: 4, value: 64 }];
+    let exit = [instruction(0xb7, 0, 0, 0), instruction(EXIT, 0, 0, 0)];
+    // r0 = map_lookup_elem(map 0, &0 at r10 - 8); if r0 == 0 goto the end, `behind` instructions further
+    let lookup = |behind: i16| {
+        vec![
+            instruction(0x62, 10, -8, 0),
+            instruction(0xbf, 0xa2, 0, 0),
+            instruction(0x07, 2, 0, -8),
+            instruction(LD_IMM64, 0x11, 0, 0),
+            instruction(0, 0, 0, 0),
+            instruction(CALL, 0, 0, 1),
+            instruction(0x15, 0, behind, 0),
+        ]
+    };
+    let verify = |code: Vec<Vec<bpf_insn>>| verifier::verify(&[code.concat(), exit.to_vec()].concat(), &MAPS, 1000);
+    let refuses = |why: &str, code: Vec<Vec<bpf_insn>>| -> Result<()> {
+        let error = verify(code).err().with_context(|| format!("{why}: passes"))?;
+        ensure!(format!("{error:#}").contains(why), "{why}: {error:#}");
+        Ok(())
+    };
+    let length = instruction(0x61, 0x71, 0, 0); // r1 = skb->len, of r7
+    let keep = instruction(0xbf, 0x17, 0, 0); // r7 = r1
+    let mask = |bits| instruction(0x57, 1, 0, bits); // r1 &= bits
+    let spill = instruction(0x7b, 0x1a, -16, 0); // *(r10 - 16) = r1
+    let fill = instruction(0x79, 0xa1, -16, 0); // r1 = *(r10 - 16)
+    let add = instruction(0x0f, 0x10, 0, 0); // r0 += r1
+    let read = |off| instruction(0x71, 0x03, off, 0); // r3 = *(u8 *)(r0 + off)
+
+    verify(vec![vec![keep], lookup(4), vec![length, mask(63), add, read(0)]])?;
+    refuses("1 to 65 of 64 bytes", vec![vec![keep], lookup(4), vec![length, mask(63), add, read(1)]])?;
+    refuses("an unbounded offset", vec![vec![keep], lookup(3), vec![length, add, read(0)]])?;
+    // A bounded number that went through the stack is not bounded any more.
+    verify(vec![vec![keep], lookup(6), vec![length, spill, fill, mask(63), add, read(0)]])?;
+    refuses("a negative offset", vec![vec![keep], lookup(6), vec![length, mask(63), spill, fill, add, read(0)]])?;
+    // Null, unless it was looked at.
+    refuses("reads by ValueOrNull", vec![lookup(0)[..6].to_vec(), vec![read(0)]])?;
+    // A key in a map, as 4.18 is the first to take.
+    let key_in_map = [instruction(0xbf, 0x02, 0, 0), instruction(LD_IMM64, 0x11, 0, 0), instruction(0, 0, 0, 0)];
+    refuses("argument 2 of helper 1", vec![lookup(4), key_in_map.to_vec(), vec![instruction(CALL, 0, 0, 1)]])?;
+    // Part of the stack that one way leaves unset.
+    let skip = instruction(0x15, 1, 1, 7); // if r1 == 7 goto + 1
+    refuses("of the stack, which is not set", vec![vec![keep, length, skip, spill, fill]])?;
+    // A length of 0.
+    let load = |least: i32| {
+        vec![
+            keep,
+            instruction(0x61, 0x14, 0, 0),     // r4 = skb->len
+            instruction(0x57, 4, 0, 7),        // r4 &= 7
+            instruction(0x07, 4, 0, least),    // r4 += least
+            instruction(0x7a, 10, -8, 0),      // all of what is filled is set
+            instruction(0x7a, 10, -16, 0),
+            instruction(0xbf, 0xa3, 0, 0),
+            instruction(0x07, 3, 0, -16),
+            instruction(0xb7, 2, 0, 0),
+            instruction(CALL, 0, 0, 26),
+        ]
+    };
+    verify(vec![load(1)])?;
+    refuses("a size that may be 0", vec![load(0)])?;
+    // And it does not go on for ever: twelve branches in a row, each of which leaves another number behind.
+    let branch = [instruction(0x25, 1, 1, 7), instruction(0x07, 6, 0, 1), instruction(0x67, 6, 0, 1)];
+    let many = std::iter::repeat_n(branch, 12).flatten().collect();
+    refuses("more than 1000", vec![vec![keep, length, instruction(0xb7, 6, 0, 0)], many, vec![instruction(0xbf, 0x60, 0, 0)]])
 }

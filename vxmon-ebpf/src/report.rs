@@ -97,9 +97,12 @@ fn report(skb: *mut __sk_buff, case: &Case) -> bool {
     let Some(tally) = Tally::of(case.slot) else {
         return false;
     };
-    let counted = count(skb, case, &tally, connection, awaited.as_ref(), &conntrack, endpoints, key);
-    let Some((counted, flow)) = counted else {
-        return false;
+    let (counted, flow) = match &awaited {
+        Some(awaited) => (follow_up(case, awaited), None),
+        None => match count(skb, case, &tally, connection, &conntrack, endpoints, key) {
+            Some(counted) => counted,
+            None => return false,
+        },
     };
     let Some(mut entry) = EVENTS.reserve::<Event>(0) else {
         if case.outcome.is_anomaly() {
@@ -149,20 +152,18 @@ pub struct Counted {
     so_far: SoFar,
 }
 
-/// Counts a case with these addresses and ports, whose `connection` is looked up only then. `None`: it is not due to be sent. Else what was counted, and its
-/// flow.
+/// Counts an anomaly with these addresses and ports, whose `connection` is looked up only then. `None`: it is not due to be
+/// sent. Else what was counted, and its flow.
 #[inline(always)]
 pub fn count<C: Borrow<Connection>>(
     skb: *mut __sk_buff,
     case: &Case,
     tally: &Tally,
     connection: impl Fn() -> Option<C>,
-    awaited: Option<&Awaited>,
     conntrack: &Conntrack,
     endpoints: &Endpoints,
     key: &mut MaybeUninit<FlowKey>,
 ) -> Option<(Counted, Option<*mut FlowCount>)> {
-    let is_anomaly = case.outcome.is_anomaly();
     let nat = match conntrack {
         Conntrack::Unknown => Nat::Unknown,
         Conntrack::None => Nat::None,
@@ -173,13 +174,11 @@ pub fn count<C: Borrow<Connection>>(
         },
     };
     let cause = cause(&case.outcome.finding(), if case.role == role::UPLINK { &nat } else { &Nat::None });
-    if is_anomaly {
-        tally.verdict(cause.verdict as u8);
-    }
+    tally.verdict(cause.verdict as u8);
 
     // SAFETY: a helper without arguments.
     let now = unsafe { bpf_ktime_get_ns() };
-    let flow = if is_anomaly { flow(endpoints, ifindex(skb), cause.verdict, key) } else { None };
+    let flow = flow(endpoints, ifindex(skb), cause.verdict, key);
     let mut number = 1;
     let mut suppressed = 0;
     let mut due = true;
@@ -198,10 +197,7 @@ pub fn count<C: Borrow<Connection>>(
         }
     }
 
-    let so_far = match awaited {
-        Some(awaited) => awaited.so_far(),
-        None => story::bad(connection(), case.connection, now, due),
-    };
+    let so_far = story::bad(connection(), case.connection, now, due);
     if !due {
         tally.suppressed();
         return None;
@@ -212,6 +208,22 @@ pub fn count<C: Borrow<Connection>>(
     };
     let flags = u64::from(known | if cause.proved { event_flag::PROVED } else { 0 });
     Some((Counted { verdict: cause.verdict as u32, predicted, flags, now, number, suppressed, so_far }, flow))
+}
+
+/// A good packet that is waited for: not counted, but sent as an anomaly is.
+#[inline(always)]
+#[must_use]
+pub fn follow_up(case: &Case, awaited: &Awaited) -> Counted {
+    Counted {
+        verdict: case.outcome.number().into(),
+        predicted: 0,
+        flags: 0,
+        // SAFETY: a helper without arguments.
+        now: unsafe { bpf_ktime_get_ns() },
+        number: 1,
+        suppressed: 0,
+        so_far: awaited.so_far(),
+    }
 }
 
 /// Fills an event from a case that was counted.
@@ -316,7 +328,12 @@ pub fn find_endpoints<P: Packet>(packet: &P, ip: &Ip, endpoints: &mut Endpoints)
 
 /// The flow's counts, made if they are not there yet.
 #[inline(always)]
-fn flow(endpoints: &Endpoints, ifindex: u32, verdict: Verdict, key: &mut MaybeUninit<FlowKey>) -> Option<*mut FlowCount> {
+fn flow(
+    endpoints: &Endpoints,
+    ifindex: u32,
+    verdict: Verdict,
+    key: &mut MaybeUninit<FlowKey>,
+) -> Option<*mut FlowCount> {
     let key = write_key(endpoints, ifindex, verdict as u32, key);
     if let Some(flow) = FLOWS.get_ptr_mut(key) {
         return Some(flow);
@@ -328,12 +345,7 @@ fn flow(endpoints: &Endpoints, ifindex: u32, verdict: Verdict, key: &mut MaybeUn
 }
 
 #[inline(always)]
-fn write_key<'a>(
-    endpoints: &Endpoints,
-    ifindex: u32,
-    verdict: u32,
-    key: &'a mut MaybeUninit<FlowKey>,
-) -> &'a FlowKey {
+fn write_key<'a>(endpoints: &Endpoints, ifindex: u32, verdict: u32, key: &'a mut MaybeUninit<FlowKey>) -> &'a FlowKey {
     let to = key.as_mut_ptr();
     // SAFETY: writable; each field is written, and there is no padding (IntoBytes is derived).
     unsafe {

@@ -159,7 +159,15 @@ pub fn counted_above<P: Packet>(packet: &P, ip: &Ip, slot: u32, device: &Device)
         Family::V4 => ip.l3 + 2,
         Family::V6 => ip.l3 + 4,
     };
-    let (Some(passed), Some(ip), Some(udp)) = (PASSED.get_ptr_mut(0), packet.u32(word), packet.u64(ip.l4)) else {
+    let Some(passed) = PASSED.get_ptr_mut(0) else {
+        return false;
+    };
+    // One after the other: see the judge's udp().
+    let l4 = ip.l4;
+    let Some(ip) = packet.u32(word) else {
+        return false;
+    };
+    let Some(udp) = packet.u64(l4) else {
         return false;
     };
     // SAFETY: this CPU's value of the map.

@@ -2,7 +2,10 @@
 
 use aya_ebpf::maps::{Array, PerCpuArray, PerfEventArray, ProgramArray};
 use vxmon_common::{
-    config::{Devices, PORTS, SLOTS_TABLE, legacy::{STAGES as ALL_STAGES, WORK_SIZE}},
+    config::{
+        Devices, PORTS, SLOTS_TABLE,
+        legacy::{STAGES as ALL_STAGES, WORK_SIZE},
+    },
     event::Event,
 };
 

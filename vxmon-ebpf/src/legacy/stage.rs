@@ -270,20 +270,23 @@ pub fn frame(skb: *mut __sk_buff) -> Option<()> {
     let work = Handle::get()?;
     work.set_asked(ask::NOTHING);
     let (packet, here) = (Window::<0>::new(skb, work), Here { skb, work: Some(work) });
-    let found = judge::frame(&packet, &here, work.bare_ethertype());
-    if let Some((ip, _)) = &found {
-        work.set_ip(ip);
-    }
+    let found = match judge::frame(&packet, &here, work.bare_ethertype()) {
+        // By way of the map: what `None` leaves unset must not be carried along.
+        Some((ip, outcome)) => {
+            work.set_ip(&ip);
+            work.set_outcome(outcome);
+            true
+        }
+        None => false,
+    };
     if answered(skb, work, stage::FRAME) {
         return Some(());
     }
-    match found {
-        Some((_, outcome)) => settle(skb, work, outcome),
-        None => {
-            Tally::of(work.slot())?.other();
-            Some(())
-        }
+    if found {
+        return settle(skb, work, work.outcome());
     }
+    Tally::of(work.slot())?.other();
+    Some(())
 }
 
 /// Judges a datagram by any reading.
@@ -373,11 +376,12 @@ pub fn whose(skb: *mut __sk_buff) -> Option<()> {
     let work = Handle::get()?;
     work.set_asked(ask::NOTHING);
     let ip = work.ip()?;
+    // By way of the map, as in `frame`.
     // SAFETY: this CPU's value of the map; the context is valid.
-    let flags = unsafe {
+    work.set_flags(found_flags(unsafe {
         let packet = Window::<1>::new(skb, work);
         story::connection(&packet, &ip, work.role() as u8, (*skb).ifindex, &mut *work.connection())
-    };
+    }));
     if answered(skb, work, stage::WHOSE) {
         return Some(());
     }
@@ -387,7 +391,7 @@ pub fn whose(skb: *mut __sk_buff) -> Option<()> {
         bare: work.bare_ethertype(),
         ip: work.ip()?,
         outcome: work.outcome(),
-        connection: found_flags(flags),
+        connection: work.flags(),
     };
     // SAFETY: this CPU's value of the map.
     unsafe { *work.case() = case };
@@ -402,23 +406,22 @@ pub fn count(skb: *mut __sk_buff) -> Option<()> {
     // SAFETY: this CPU's value of the map.
     let case = unsafe { &*work.case() };
     let connection = || case.has_connection().then(|| work.connection_key());
-    let awaited = if case.outcome.is_anomaly() { None } else { awaited(connection(), case.connection) };
-    if !case.outcome.is_anomaly() && awaited.is_none() {
-        return Some(());
-    }
     // SAFETY: this CPU's value of the map.
     let endpoints = unsafe { &mut *work.endpoints() };
     report::find_endpoints(&Window::<1>::new(skb, work), &case.ip, endpoints);
-    let (tally, unknown, mut key) = (Tally::of(case.slot)?, Conntrack::Unknown, MaybeUninit::uninit());
-    let counted = report::count(skb, case, &tally, connection, awaited.as_ref(), &unknown, endpoints, &mut key);
-    if let Some((counted, _)) = counted {
+    if !case.outcome.is_anomaly() {
+        let counted = report::follow_up(case, &awaited(connection(), case.connection)?);
         // SAFETY: this CPU's value of the map.
         unsafe { *work.counted() = counted };
         go(skb, stage::SEND);
-        if case.outcome.is_anomaly() {
-            tally.lost_ring();
-        }
+        return Some(());
     }
+    let (tally, unknown, mut key) = (Tally::of(case.slot)?, Conntrack::Unknown, MaybeUninit::uninit());
+    let (counted, _) = report::count(skb, case, &tally, connection, &unknown, endpoints, &mut key)?;
+    // SAFETY: this CPU's value of the map.
+    unsafe { *work.counted() = counted };
+    go(skb, stage::SEND);
+    tally.lost_ring();
     Some(())
 }
 
@@ -432,13 +435,8 @@ pub fn send(skb: *mut __sk_buff) -> Option<()> {
     let (case, counted) = unsafe { (&*work.case(), &*work.counted()) };
     // Skb::UNKNOWN, of which the compiler would make a call of memset.
     let zero = || crate::zero() as u32;
-    let unknown = Skb {
-        state: State::Unknown,
-        csum_start: zero(),
-        csum_offset: zero(),
-        gso_size: zero(),
-        gso_type: zero(),
-    };
+    let unknown =
+        Skb { state: State::Unknown, csum_start: zero(), csum_offset: zero(), gso_size: zero(), gso_type: zero() };
     // SAFETY: as above.
     let failed = unsafe {
         report::fill(event, &packet, case, counted, skb, &unknown, &Conntrack::Unknown);

@@ -30,7 +30,7 @@ impl<const INNER: usize> Window<INNER> {
     #[inline(always)]
     fn load<T: Copy + Integer>(&self, at: u32) -> Option<T> {
         let size = size_of::<T>() as u32;
-        if u64::from(at) + u64::from(size) > u64::from(self.work.len()) {
+        if u64::from(at) + u64::from(size) > u64::from(self.work.length()) {
             return None;
         }
         if at < WINDOW - size {
@@ -54,9 +54,9 @@ pub fn copy(skb: *mut __sk_buff, work: Handle) {
     let len = unsafe { (&raw const (*skb).len).read_volatile() };
     let head = len.min(WINDOW);
     // SAFETY: the window has room for `head` bytes.
-    let failed = head == 0
-        || unsafe { bpf_skb_load_bytes(skb.cast(), 0, work.head().cast(), positive::<WINDOW>(head)) } != 0;
-    work.set_len(if failed { 0 } else { len });
+    let failed =
+        head == 0 || unsafe { bpf_skb_load_bytes(skb.cast(), 0, work.head().cast(), positive::<WINDOW>(head)) } != 0;
+    work.set_length(if failed { 0 } else { len });
 }
 
 /// A number that can be read from the window.
@@ -108,7 +108,7 @@ read!(u64, "u64");
 impl<const INNER: usize> Packet for Window<INNER> {
     #[inline(always)]
     fn len(&self) -> u32 {
-        self.work.len()
+        self.work.length()
     }
     #[inline(always)]
     fn u8(&self, at: u32) -> Option<u8> {
@@ -128,7 +128,7 @@ impl<const INNER: usize> Packet for Window<INNER> {
     }
     #[inline(always)]
     fn forget(&self, offset: u32) -> u32 {
-        forget_as(offset.into(), self.work.len().into()) as u32
+        forget_as(offset.into(), self.work.length().into()) as u32
     }
     /// Without a loop; and after each header the verifier knows no more than after any other.
     #[inline(always)]
@@ -142,7 +142,7 @@ impl<const INNER: usize> Packet for Window<INNER> {
                         return Ok(());
                     }
                     chain.step(self)?;
-                    *chain = Chain::unpack(forget_as(chain.pack(), self.work.len().into())).ok_or(Stop::Unreadable)?;
+                    *chain = Chain::unpack(forget_as(chain.pack(), self.work.length().into())).ok_or(Stop::Unreadable)?;
                 )*
             };
         }
@@ -174,7 +174,7 @@ impl<const INNER: usize> Packet for Window<INNER> {
     fn sum(&self, at: u32, len: u32) -> Option<Sum> {
         // From the outer UDP header to the inner L4 header, as Local Checksum Offload needs it of most packets.
         const TO_INNER_L4: u32 = UDP + VXLAN + ETHERNET + IPV4;
-        if len == TO_INNER_L4 && at < WINDOW - TO_INNER_L4 && at + len <= self.work.len() {
+        if len == TO_INNER_L4 && at < WINDOW - TO_INNER_L4 && at + len <= self.work.length() {
             let base = self.work.head().cast_const();
             let mut sum = Sum::ZERO.add_u16(u16::read(base, at + TO_INNER_L4 - 2));
             for n in 0..TO_INNER_L4 / 8 {

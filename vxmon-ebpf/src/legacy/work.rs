@@ -72,7 +72,7 @@ pub struct Work {
     /// Its first bytes. Behind them room for the longest read at the last offset.
     pub head: [u8; WINDOW as usize + 8],
     /// Its length.
-    pub len: u32,
+    pub length: u32,
     /// The device's slot.
     pub slot: u32,
     /// See [`vxmon_common::event::role`].
@@ -95,6 +95,8 @@ pub struct Work {
     pub datagram: u64,
     /// See `datagram`.
     pub pseudo: u64,
+    /// [`crate::story::found_flags`].
+    pub flags: u64,
     /// The sum that is being made: so far,
     pub sum: u64,
     /// from here on,
@@ -158,7 +160,7 @@ impl Handle {
     }
 
     fields! {
-        len set_len u32
+        length set_length u32
         slot set_slot u32
         role set_role u32
         bare set_bare u32
@@ -168,6 +170,7 @@ impl Handle {
         summed set_summed u32
         datagram set_datagram u64
         pseudo set_pseudo u64
+        flags set_flags u64
         sum set_sum u64
         at set_at u32
         left set_left u32

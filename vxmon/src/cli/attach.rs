@@ -81,6 +81,9 @@ pub struct Args {
     /// Do as if the kernel had no BTF: judge without the skb's metadata.
     #[arg(long, hide = true)]
     no_btf: bool,
+    /// Do as if the kernel had no eBPF ring buffer.
+    #[arg(long, hide = true)]
+    no_ring_buffer: bool,
     /// Do as if the kernel had no kprobes: NAT is not seen as it is set up.
     #[arg(long, hide = true)]
     no_nat_probe: bool,
@@ -181,6 +184,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             },
             sample: args.sample,
             btf: !args.no_btf,
+            ring_buffer: !args.no_ring_buffer,
             packet_ring: !args.no_packet_ring,
             skb_conntrack: !matches!(args.conntrack, ConntrackArg::Netlink),
         },

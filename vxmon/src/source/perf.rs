@@ -44,7 +44,8 @@ pub struct Perf {
 impl Perf {
     /// Opens the buffers.
     pub fn open(mut array: PerfEventArray<MapData>) -> io::Result<Self> {
-        let numbers = online_cpus().map_err(|(what, error)| io::Error::new(error.kind(), format!("{what}: {error}")))?;
+        let numbers =
+            online_cpus().map_err(|(what, error)| io::Error::new(error.kind(), format!("{what}: {error}")))?;
         let pages = (ALL_PAGES / numbers.len().max(1)).next_power_of_two().clamp(LEAST_PAGES, MOST_PAGES);
         let mut cpus = Vec::with_capacity(numbers.len());
         for cpu in numbers {

@@ -1,6 +1,6 @@
 //! Which engine it is to be, and its start: what was asked for, or the best that this kernel and these privileges allow.
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use aya::{maps::MapType, sys::is_map_supported};
 use vxmon_common::config::skb_access;
 
@@ -52,6 +52,8 @@ pub struct Choice {
     pub btf: bool,
     /// Whether to read the skb's conntrack entry, where that is possible.
     pub skb_conntrack: bool,
+    /// Whether to use a ring buffer, where the kernel has it.
+    pub ring_buffer: bool,
     /// Whether packet sockets may have a ring.
     pub packet_ring: bool,
 }
@@ -97,10 +99,6 @@ fn tc(choice: &Choice, say: &dyn Fn(&str)) -> Result<Started> {
     let why = match choice.transport {
         Transport::RingBuffer => return by_ring_buffer(choice, say).map(|engine| Started { engine, fallback: None }),
         Transport::Perf => return by_perf(choice, say).map(|engine| Started { engine, fallback: None }),
-        // Not by the kernel's version, which does not tell what a distribution has added.
-        Transport::Auto if matches!(is_map_supported(MapType::RingBuf), Ok(false)) => {
-            "this kernel has no eBPF ring buffer (Linux 5.8)".to_owned()
-        }
         Transport::Auto => match by_ring_buffer(choice, say) {
             Ok(engine) => return Ok(Started { engine, fallback: None }),
             Err(error) => format!("{error:#}"),
@@ -114,12 +112,18 @@ fn tc(choice: &Choice, say: &dyn Fn(&str)) -> Result<Started> {
 /// The programs for kernels before 5.8.
 fn by_perf(choice: &Choice, say: &dyn Fn(&str)) -> Result<Box<dyn Engine>> {
     let tc = Tc::load_legacy(choice.sample, choice.hook).with_context(|| kernel_needs("4.14"))?;
-    say("vxmon: without the skb's metadata (these programs cannot read it), so any checksum that is right by some reading is \
-         accepted; conntrack entries are looked up by netlink");
+    say(
+        "vxmon: without the skb's metadata (these programs cannot read it), so any checksum that is right by some reading is \
+         accepted; conntrack entries are looked up by netlink",
+    );
     Ok(Box::new(tc))
 }
 
 fn by_ring_buffer(choice: &Choice, say: &dyn Fn(&str)) -> Result<Box<dyn Engine>> {
+    // Tried, since the kernel's version does not tell what a distribution has added.
+    if !choice.ring_buffer || matches!(is_map_supported(MapType::RingBuf), Ok(false)) {
+        bail!("this kernel has no eBPF ring buffer (Linux 5.8)");
+    }
     let mut layout = if choice.btf { Layout::detect() } else { Layout::without("not used, as asked for") };
     layout.config.sample = choice.sample;
     layout.config.csum_chunk = csum_chunk();

@@ -15,6 +15,7 @@ use aya::{
     util::KernelVersion,
 };
 use aya_log::EbpfLogger;
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use vxmon_common::{
     config::{self, Device, Devices, device_flag, legacy, port_flag, skb_access, slot_bits},
     counters::Counters,
@@ -196,7 +197,29 @@ fn refused(what: &str, error: &dyn std::error::Error) -> TcError {
         .lines()
         .rfind(|line| line.contains("invalid") || line.contains("unknown"))
         .map_or_else(|| first_line.clone(), |verifier| format!("{first_line} ({})", verifier.trim()));
+    let reason = match memlock(&reason) {
+        Some(why) => format!("{reason}: {why}"),
+        None => reason,
+    };
     TcError::Refused { what: what.to_owned(), reason }
+}
+
+/// What is behind a refusal, if the kernel still charges maps to RLIMIT_MEMLOCK, which the loader raises if it may.
+fn memlock(reason: &str) -> Option<String> {
+    // Only the words hang on the version.
+    let charges = KernelVersion::current().is_ok_and(|version| version < KernelVersion::new(5, 11, 0));
+    let (limit, _) = getrlimit(Resource::RLIMIT_MEMLOCK).ok()?;
+    memlock_is_why(reason, charges, limit, sandbox::has(Capability::CAP_SYS_RESOURCE))
+}
+
+fn memlock_is_why(reason: &str, charges: bool, limit: u64, may_raise: bool) -> Option<String> {
+    let refused = reason.contains("Operation not permitted");
+    (refused && charges && !may_raise && limit != RLIM_INFINITY).then(|| {
+        format!(
+            "maps are charged to RLIMIT_MEMLOCK here, which is {} KiB, and CAP_SYS_RESOURCE to raise it is missing",
+            limit >> 10
+        )
+    })
 }
 
 /// The capability without which maps can no longer be used, if there is one. Where kernel.unprivileged_bpf_disabled is set,
@@ -568,4 +591,24 @@ fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier
     let not_there = || TcError::Refused { what: format!("program {name}"), reason: "it is not in the object".into() };
     let program = ebpf.program_mut(name).ok_or_else(not_there)?;
     program.try_into().map_err(|error: ProgramError| refused(&format!("program {name}"), &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_of_locked_memory_is_named_where_it_is_the_reason() {
+        let reason = "failed to create map `FLOWS`: Operation not permitted (os error 1)";
+        let why = memlock_is_why(reason, true, 64 << 10, false);
+        assert!(why.is_some_and(|why| why.contains("is 64 KiB") && why.contains("CAP_SYS_RESOURCE")));
+        for (reason, charges, limit, may_raise) in [
+            (reason, false, 64 << 10, false),
+            (reason, true, RLIM_INFINITY, false),
+            (reason, true, 64 << 10, true),
+            ("Invalid argument (os error 22)", true, 64 << 10, false),
+        ] {
+            assert_eq!(memlock_is_why(reason, charges, limit, may_raise), None);
+        }
+    }
 }

@@ -71,6 +71,9 @@ pub struct Options {
     /// Have vxmon watch by this engine: tc or packet-socket
     #[arg(long)]
     engine: Option<String>,
+    /// Have vxmon's TC programs hand events over this way: ringbuf or perf
+    #[arg(long)]
+    transport: Option<String>,
     /// What runs the guests' instructions
     #[arg(long, value_enum, default_value = "auto")]
     accel: Accel,
@@ -163,9 +166,10 @@ fn jobs(options: &Options, vxmon: &Path) -> Result<Vec<Job>> {
         let command = format!("'{}' demo --binary '{}'", xtask.display(), vxmon.display());
         jobs.push(Job { name: "demo".to_owned(), command, limit: DEMO_LIMIT, harness: false });
     }
-    if let Some(engine) = &options.engine {
+    for (variable, value) in [("VXMON_ENGINE", &options.engine), ("VXMON_TRANSPORT", &options.transport)] {
+        let Some(value) = value else { continue };
         for job in &mut jobs {
-            job.command.insert_str(0, &format!("export VXMON_ENGINE='{engine}'; "));
+            job.command.insert_str(0, &format!("export {variable}='{value}'; "));
         }
     }
     if jobs.is_empty() {
