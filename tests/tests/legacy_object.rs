@@ -3,8 +3,6 @@
 //!
 //! The limits are those of 4.14 (kernel/bpf/verifier.c, include/linux/bpf_common.h, net/core/filter.c), the strictest of them.
 
-#![expect(clippy::print_stdout, reason = "the counts are for who reads the test's output")]
-
 #[path = "support/verifier.rs"]
 mod verifier;
 
@@ -82,7 +80,9 @@ fn object() -> Result<Object> {
 }
 
 /// The programs' instructions by name.
-fn programs(object: &Object) -> Result<BTreeMap<String, Vec<bpf_insn>>> {
+type Programs = BTreeMap<String, Vec<bpf_insn>>;
+
+fn programs(object: &Object) -> Result<Programs> {
     let code = |key: (usize, u64)| object.functions.get(&key).map(|function| function.instructions.clone());
     let of = |(name, program): (&String, &aya_obj::Program)| {
         Ok((name.clone(), code(program.function_key()).with_context(|| format!("{name} has no code"))?))
@@ -275,7 +275,7 @@ fn old_verifiers_find_nothing_to_refuse() -> Result<()> {
 }
 
 /// The programs as they are loaded, with the indexes of maps in place of their descriptors; and these maps.
-fn linked() -> Result<(BTreeMap<String, Vec<bpf_insn>>, Vec<verifier::MapSizes>)> {
+fn linked() -> Result<(Programs, Vec<verifier::MapSizes>)> {
     let mut object = object()?;
     let maps = object.maps.clone();
     let names: Vec<&String> = maps.keys().collect();
@@ -406,10 +406,10 @@ fn the_old_verifier_can_refuse() -> Result<()> {
     let load = |least: i32| {
         vec![
             keep,
-            instruction(0x61, 0x14, 0, 0),     // r4 = skb->len
-            instruction(0x57, 4, 0, 7),        // r4 &= 7
-            instruction(0x07, 4, 0, least),    // r4 += least
-            instruction(0x7a, 10, -8, 0),      // all of what is filled is set
+            instruction(0x61, 0x14, 0, 0),  // r4 = skb->len
+            instruction(0x57, 4, 0, 7),     // r4 &= 7
+            instruction(0x07, 4, 0, least), // r4 += least
+            instruction(0x7a, 10, -8, 0),   // all of what is filled is set
             instruction(0x7a, 10, -16, 0),
             instruction(0xbf, 0xa3, 0, 0),
             instruction(0x07, 3, 0, -16),
@@ -422,5 +422,8 @@ fn the_old_verifier_can_refuse() -> Result<()> {
     // And it does not go on for ever: twelve branches in a row, each of which leaves another number behind.
     let branch = [instruction(0x25, 1, 1, 7), instruction(0x07, 6, 0, 1), instruction(0x67, 6, 0, 1)];
     let many = std::iter::repeat_n(branch, 12).flatten().collect();
-    refuses("more than 1000", vec![vec![keep, length, instruction(0xb7, 6, 0, 0)], many, vec![instruction(0xbf, 0x60, 0, 0)]])
+    refuses(
+        "more than 1000",
+        vec![vec![keep, length, instruction(0xb7, 6, 0, 0)], many, vec![instruction(0xbf, 0x60, 0, 0)]],
+    )
 }

@@ -51,8 +51,7 @@ struct Number {
 }
 
 impl Number {
-    const UNKNOWN: Self =
-        Self { value: 0, mask: u64::MAX, smin: i64::MIN, smax: i64::MAX, umin: 0, umax: u64::MAX };
+    const UNKNOWN: Self = Self { value: 0, mask: u64::MAX, smin: i64::MIN, smax: i64::MAX, umin: 0, umax: u64::MAX };
 
     fn known(value: u64) -> Self {
         let signed = value.cast_signed();
@@ -149,7 +148,8 @@ impl Number {
         match operation {
             0x0 => return self.plus(other),
             0x1 => {
-                if let (Some(low), Some(high)) = (self.smin.checked_sub(other.smax), self.smax.checked_sub(other.smin)) {
+                if let (Some(low), Some(high)) = (self.smin.checked_sub(other.smax), self.smax.checked_sub(other.smin))
+                {
                     (result.smin, result.smax) = (low, high);
                 }
                 if self.umin >= other.umax {
@@ -226,11 +226,21 @@ enum Register {
     Context,
     Map(usize),
     /// Of one lookup.
-    ValueOrNull { map: usize, lookup: u32 },
-    Value { map: usize, off: i64, variable: Number },
+    ValueOrNull {
+        map: usize,
+        lookup: u32,
+    },
+    Value {
+        map: usize,
+        off: i64,
+        variable: Number,
+    },
     Stack(i64),
     /// `range` bytes from the packet's start are known to be there.
-    Packet { off: i64, range: i64 },
+    Packet {
+        off: i64,
+        range: i64,
+    },
     PacketEnd,
 }
 
@@ -244,10 +254,9 @@ impl Register {
         match (old, self) {
             (Self::Unset, _) => true,
             (Self::Number(old), Self::Number(new)) => new.is_within(old),
-            (
-                Self::Value { map: a, off: b, variable: old },
-                Self::Value { map: c, off: d, variable: new },
-            ) => a == c && b == d && new.is_within(old),
+            (Self::Value { map: a, off: b, variable: old }, Self::Value { map: c, off: d, variable: new }) => {
+                a == c && b == d && new.is_within(old)
+            }
             (Self::ValueOrNull { map: a, .. }, Self::ValueOrNull { map: b, .. }) => a == b,
             (Self::Packet { off: a, range: old }, Self::Packet { off: b, range: new }) => a == b && old <= new,
             (old, new) => old == new,
@@ -343,14 +352,8 @@ struct Verifier<'a> {
 
 /// Follows a program in which each map is named by its index in `maps`, as the number of a file descriptor.
 pub fn verify(code: &[bpf_insn], maps: &[MapSizes], limit: usize) -> Result<Verified> {
-    let mut verifier = Verifier {
-        code,
-        maps,
-        live: live(code)?,
-        seen: BTreeMap::new(),
-        prune_at: prune_points(code),
-        lookups: 0,
-    };
+    let mut verifier =
+        Verifier { code, maps, live: live(code)?, seen: BTreeMap::new(), prune_at: prune_points(code), lookups: 0 };
     let mut state = State { registers: [Register::Unset; 11], stack: [Slot::Bytes(0); 64] };
     state.registers[1] = Register::Context;
     state.registers[FRAME] = Register::Stack(0);
@@ -518,7 +521,11 @@ impl Verifier<'_> {
                 Ok(Register::Number(Number::of_bytes(size)))
             }
             Register::Packet { off: start, range } => {
-                ensure!(start + off >= 0 && start + off + size <= range, "{} of {range} bytes of the packet", start + off);
+                ensure!(
+                    start + off >= 0 && start + off + size <= range,
+                    "{} of {range} bytes of the packet",
+                    start + off
+                );
                 Ok(Register::Number(Number::of_bytes(size)))
             }
             Register::Stack(start) => {
@@ -680,8 +687,10 @@ impl Verifier<'_> {
             }
             (Register::ValueOrNull { map, lookup }, _) => {
                 ensure!(!by_register && immediate == 0 && matches!(operation, 0x1 | 0x5), "compares what may be null");
-                let (null, found) = if operation == 0x1 { (&mut other, &mut *state) } else { (&mut *state, &mut other) };
-                let same = |register: &Register| matches!(register, Register::ValueOrNull { lookup: l, .. } if *l == lookup);
+                let (null, found) =
+                    if operation == 0x1 { (&mut other, &mut *state) } else { (&mut *state, &mut other) };
+                let same =
+                    |register: &Register| matches!(register, Register::ValueOrNull { lookup: l, .. } if *l == lookup);
                 found.each(|register| {
                     if same(register) {
                         *register = Register::Value { map, off: 0, variable: Number::known(0) };
@@ -695,8 +704,8 @@ impl Verifier<'_> {
             }
             (Register::Packet { off, .. }, Register::PacketEnd) => {
                 let inside = match operation {
-                    0x2 => &mut *state,        // packet > end
-                    0xb => &mut other,         // packet <= end
+                    0x2 => &mut *state, // packet > end
+                    0xb => &mut other,  // packet <= end
                     _ => bail!("compares a packet in another way"),
                 };
                 inside.each(|register| {
@@ -707,8 +716,8 @@ impl Verifier<'_> {
             }
             (Register::PacketEnd, Register::Packet { off, .. }) => {
                 let inside = match operation {
-                    0x3 => &mut other,         // end >= packet
-                    0xa => &mut *state,        // end < packet
+                    0x3 => &mut other,  // end >= packet
+                    0xa => &mut *state, // end < packet
                     _ => bail!("compares a packet in another way"),
                 };
                 inside.each(|register| {
@@ -735,10 +744,10 @@ fn bytes(code: u8) -> i64 {
 
 /// The slot and the bits of its bytes.
 fn stack(at: i64, size: i64) -> Result<(usize, u8)> {
-    ensure!(at < 0 && at >= -STACK && at % size == 0, "{at} of the stack");
+    ensure!((-STACK..0).contains(&at) && at % size == 0, "{at} of the stack");
     let from_bottom = STACK + at;
     let first = from_bottom % 8;
-    let bits = if size == 8 { 0xff } else { ((1_u16 << size) - 1 << first) as u8 };
+    let bits = if size == 8 { 0xff } else { (((1_u16 << size) - 1) << first) as u8 };
     Ok((usize::try_from(from_bottom / 8)?, bits))
 }
 
