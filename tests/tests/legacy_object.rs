@@ -18,10 +18,14 @@ use vxmon::source::object;
 use vxmon_common::config::{UPLINK_PROGRAM, VXLAN_PROGRAM, legacy};
 use vxmon_tests::skip;
 
+use self::verifier::Spilled;
+
 /// `BPF_MAXINSNS` before 5.2 (a096309bc467), where it became the limit of the unprivileged.
 const MAX_INSTRUCTIONS: usize = 4096;
 /// `BPF_COMPLEXITY_LIMIT_INSNS` from 4.14 to 5.1.
 const MAX_VERIFIED: u32 = 131_072;
+/// The same from 5.2 on.
+const MAX_VERIFIED_5_2: u32 = 1_000_000;
 /// `offsetof(struct __sk_buff, data_end)` and its size: the last field that a sched_cls program had on 4.14 and can use.
 const CONTEXT_END: i32 = 84;
 
@@ -290,8 +294,11 @@ fn linked() -> Result<(Programs, Vec<verifier::MapSizes>)> {
 fn an_old_verifier_comes_to_the_end() -> Result<()> {
     let (programs, maps) = linked()?;
     for (name, code) in programs {
-        let verified = verifier::verify(&code, &maps, MAX_VERIFIED as usize).with_context(|| name.clone())?;
-        println!("{name}: {verified:?}");
+        for (spilled, limit) in [(Spilled::Forgotten, MAX_VERIFIED), (Spilled::Kept, MAX_VERIFIED_5_2)] {
+            let context = || format!("{name}, numbers on the stack {spilled:?}");
+            let verified = verifier::verify(&code, &maps, spilled, limit as usize).with_context(context)?;
+            println!("{}: {verified:?}", context());
+        }
     }
     Ok(())
 }
@@ -374,7 +381,9 @@ fn the_old_verifier_can_refuse() -> Result<()> {
             instruction(0x15, 0, behind, 0),
         ]
     };
-    let verify = |code: Vec<Vec<bpf_insn>>| verifier::verify(&[code.concat(), exit.to_vec()].concat(), &MAPS, 1000);
+    let verify = |code: Vec<Vec<bpf_insn>>| {
+        verifier::verify(&[code.concat(), exit.to_vec()].concat(), &MAPS, Spilled::Forgotten, 1000)
+    };
     let refuses = |why: &str, code: Vec<Vec<bpf_insn>>| -> Result<()> {
         let error = verify(code).err().with_context(|| format!("{why}: passes"))?;
         ensure!(format!("{error:#}").contains(why), "{why}: {error:#}");

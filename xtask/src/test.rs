@@ -26,7 +26,7 @@ const ONCE_MORE: [&str; 6] = ["attach", "coexistence", "no_false_alarm", "recall
 /// How they are told to.
 const TRANSPORT: (&str, &str) = ("VXMON_TRANSPORT", "perf");
 /// Parts of names of tests that would do the same again: without eBPF, or without metadata.
-const NOT_AGAIN: [&str; 3] = ["packet_socket", "without_btf", "by_skb"];
+const NOT_AGAIN: [&str; 3] = ["by_packet_sockets", "without_btf", "by_skb"];
 
 /// Runs all tests, with `args` passed to their binaries.
 pub fn run(args: &[String]) -> Result<ExitCode> {

@@ -275,6 +275,8 @@ enum Slot {
 struct State {
     registers: [Register; 11],
     stack: [Slot; 64],
+    /// What is kept of numbers in whole slots, where numbers are kept.
+    numbers: [Option<Number>; 64],
 }
 
 impl State {
@@ -285,6 +287,10 @@ impl State {
                 (Slot::Bytes(old), Slot::Bytes(new)) => old & !new == 0,
                 (Slot::Pointer(old), Slot::Pointer(new)) => new.is_covered_by(old),
                 _ => false,
+            })
+            && old.numbers.iter().zip(&self.numbers).all(|(old, new)| match (old, new) {
+                (None, _) => true,
+                (Some(old), new) => new.is_some_and(|new| new.is_within(old)),
             })
     }
 
@@ -348,13 +354,30 @@ struct Verifier<'a> {
     seen: BTreeMap<usize, Vec<State>>,
     prune_at: BTreeSet<usize>,
     lookups: u32,
+    spilled: Spilled,
+}
+
+/// What becomes of a number that is put on the stack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Spilled {
+    /// It comes back unknown, as before 5.3.
+    Forgotten,
+    /// It comes back with its bounds, as from 5.10 on. (In between only constants do.)
+    Kept,
 }
 
 /// Follows a program in which each map is named by its index in `maps`, as the number of a file descriptor.
-pub fn verify(code: &[bpf_insn], maps: &[MapSizes], limit: usize) -> Result<Verified> {
-    let mut verifier =
-        Verifier { code, maps, live: live(code)?, seen: BTreeMap::new(), prune_at: prune_points(code), lookups: 0 };
-    let mut state = State { registers: [Register::Unset; 11], stack: [Slot::Bytes(0); 64] };
+pub fn verify(code: &[bpf_insn], maps: &[MapSizes], spilled: Spilled, limit: usize) -> Result<Verified> {
+    let mut verifier = Verifier {
+        code,
+        maps,
+        live: live(code)?,
+        seen: BTreeMap::new(),
+        prune_at: prune_points(code),
+        lookups: 0,
+        spilled,
+    };
+    let mut state = State { registers: [Register::Unset; 11], stack: [Slot::Bytes(0); 64], numbers: [None; 64] };
     state.registers[1] = Register::Context;
     state.registers[FRAME] = Register::Stack(0);
     let mut waiting = vec![(0, state)];
@@ -537,7 +560,8 @@ impl Verifier<'_> {
                     }
                     Slot::Bytes(written) => {
                         ensure!(bits & !written == 0, "reads {} of the stack, which is not set", start + off);
-                        Ok(Register::Number(Number::of_bytes(size)))
+                        let kept = state.numbers[slot].filter(|_| bits == 0xff);
+                        Ok(Register::Number(kept.unwrap_or_else(|| Number::of_bytes(size))))
                     }
                 }
             }
@@ -553,6 +577,10 @@ impl Verifier<'_> {
             }
             Register::Stack(start) => {
                 let (slot, bits) = stack(start + off, size)?;
+                state.numbers[slot] = match value {
+                    Register::Number(number) if bits == 0xff && self.spilled == Spilled::Kept => Some(number),
+                    _ => None,
+                };
                 state.stack[slot] = match state.stack[slot] {
                     _ if value.is_pointer() => {
                         ensure!(bits == 0xff, "part of a pointer");
@@ -577,7 +605,10 @@ impl Verifier<'_> {
                 for at in start..start + size {
                     let (slot, bit) = stack(at, 1)?;
                     match &mut state.stack[slot] {
-                        Slot::Bytes(written) if room => *written |= bit,
+                        Slot::Bytes(written) if room => {
+                            *written |= bit;
+                            state.numbers[slot] = None;
+                        }
                         Slot::Bytes(written) => ensure!(*written & bit != 0, "{at} of the stack is not set"),
                         Slot::Pointer(_) => bail!("a pointer on the stack is handed out"),
                     }
@@ -759,6 +790,12 @@ fn compute(operation: u8, left: Register, right: Register) -> Result<Register> {
     }
     match (left, right) {
         (Register::Number(a), Register::Number(b)) => Ok(Register::Number(a.compute(operation, &b))),
+        // A way that cannot be gone: what is known of the number contradicts itself. Not a pointer any more, from 4.14.9 on.
+        (_, Register::Number(number)) | (Register::Number(number), _)
+            if number.umin > number.umax || number.smin > number.smax =>
+        {
+            Ok(Register::Number(Number::UNKNOWN))
+        }
         (pointer, Register::Number(number)) | (Register::Number(number), pointer) if operation == 0 => {
             let constant = number.constant().map(u64::cast_signed);
             match (pointer, constant) {

@@ -20,7 +20,7 @@ use super::{
     maps::{DEVICE_TABLE, EVENT, PERF_EVENTS, PORT_TABLE, SAMPLE, SLOT_TABLE, STAGES},
     sum,
     window::{self, Window},
-    work::{Handle, SUMS, Walk, Work, ask},
+    work::{Handle, Walk, Work, ask},
 };
 use crate::{
     meta::Conntrack,
@@ -321,16 +321,12 @@ pub fn walk(skb: *mut __sk_buff) -> Option<()> {
 #[inline(always)]
 pub fn sum(skb: *mut __sk_buff) -> Option<()> {
     let work = Handle::get()?;
-    let asked = work.asked() == ask::SUM;
-    let summed = work.summed() as usize;
-    if asked {
-        for n in 0..SUMS {
-            if summed == n {
-                // SAFETY: this CPU's value of the map.
-                let span = unsafe { work.span(n).read_volatile() };
-                work.set_at(span.at);
-                work.set_left(span.len);
-            }
+    if work.asked() == ask::SUM {
+        let span = work.span(work.summed());
+        // SAFETY: this CPU's value of the map.
+        unsafe {
+            work.set_at((*span).at);
+            work.set_left((*span).len);
         }
         work.set_sum(0);
         work.set_asked(ask::MORE);
@@ -339,14 +335,10 @@ pub fn sum(skb: *mut __sk_buff) -> Option<()> {
         judge(skb, work, stage::SUM);
         return Some(());
     }
-    let sum = work.sum();
-    for n in 0..SUMS {
-        if summed == n {
-            // SAFETY: as above.
-            unsafe { (&raw mut (*work.span(n)).sum).write_volatile(sum) };
-        }
-    }
-    work.set_summed(summed as u32 + 1);
+    let summed = work.summed();
+    // SAFETY: this CPU's value of the map.
+    unsafe { (*work.span(summed)).sum = work.sum() };
+    work.set_summed(summed + 1);
     judge(skb, work, work.stage());
     Some(())
 }

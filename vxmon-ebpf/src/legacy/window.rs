@@ -183,22 +183,21 @@ impl<const INNER: usize> Packet for Window<INNER> {
             return Some(sum);
         }
         let summed = self.work.summed();
-        for n in 0..SUMS {
+        for n in 0..SUMS as u32 {
             let span = self.work.span(n);
             // SAFETY: this CPU's value of the map.
             unsafe {
-                if summed as usize > n && (*span).at == at && (*span).len == len {
+                if summed > n && (*span).at == at && (*span).len == len {
                     let sum = (&raw const (*span).sum).read_volatile();
                     return if sum >= FAILED { None } else { Some(Sum::from_bits(sum)) };
                 }
-                if summed as usize == n {
-                    if self.work.may_ask() {
-                        ((*span).at, (*span).len) = (at, len);
-                        self.work.set_asked(ask::SUM);
-                    }
-                    return None;
-                }
             }
+        }
+        if self.work.may_ask() {
+            let span = self.work.span(summed);
+            // SAFETY: this CPU's value of the map.
+            unsafe { ((*span).at, (*span).len) = (at, len) };
+            self.work.set_asked(ask::SUM);
         }
         None
     }

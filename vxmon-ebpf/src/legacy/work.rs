@@ -61,8 +61,8 @@ pub struct Span {
     pub sum: u64,
 }
 
-/// Sums that the judge asks for of one packet, at most: all of it, its headers, the inner packet.
-pub const SUMS: usize = 3;
+/// Room for the sums that the judge asks for of one packet: its headers, all of it, the inner packet. A power of two.
+pub const SUMS: usize = 4;
 
 /// What is known of the packet.
 #[repr(C)]
@@ -236,12 +236,37 @@ impl Handle {
         unsafe { (&raw mut (*self.0).walks).cast::<Walk>().add(n) }
     }
 
-    /// One of the sums, by a number that the compiler knows.
+    /// One of the sums.
     #[inline(always)]
     #[must_use]
-    pub fn span(self, n: usize) -> *mut Span {
-        // SAFETY: this CPU's value of the map; `n` is below SUMS.
-        unsafe { (&raw mut (*self.0).sums).cast::<Span>().add(n) }
+    pub fn span(self, n: u32) -> *mut Span {
+        const { assert!(SUMS.is_power_of_two() && size_of::<Span>() == 16) };
+        // SAFETY: this CPU's value of the map.
+        let first = unsafe { (&raw mut (*self.0).sums).cast::<Span>() };
+        #[cfg(target_arch = "bpf")]
+        {
+            let span: *mut Span;
+            // SAFETY: within the array, by the mask.
+            unsafe {
+                core::arch::asm!(
+                    "{span} = {n}",
+                    "{span} &= {mask}",
+                    "{span} <<= 4",
+                    "{span} += {first}",
+                    n = in(reg) u64::from(n),
+                    first = in(reg) first,
+                    span = out(reg) span,
+                    mask = const SUMS - 1,
+                    options(pure, nomem, nostack, preserves_flags)
+                );
+            }
+            span
+        }
+        #[cfg(not(target_arch = "bpf"))]
+        // SAFETY: as above. Never run: other targets only check this crate.
+        unsafe {
+            first.add(n as usize % SUMS)
+        }
     }
 
     /// A packet begins: nothing was asked yet.
