@@ -242,6 +242,43 @@ fn healthy_traffic_has_no_anomaly_by_packet_sockets_without_a_ring() -> Result<(
     each_occurred(&run_all(&cases, &["fragment"])?)
 }
 
+/// Datagrams up to the longest, each summed over all of it on the uplink.
+#[test]
+fn the_longest_packets_are_summed() -> Result<()> {
+    if !skip::root_or_skip("the_longest_packets_are_summed") {
+        return Ok(());
+    }
+    for underlay in FAMILIES {
+        let options = LabOptions {
+            underlay,
+            mtu: 65_535,
+            uplink_tx_offload: false,
+            vxlan_tx_offload: false,
+            segmentation: false,
+            ..LabOptions::default()
+        };
+        let lab = options.build()?;
+        let vxmon = Vxmon::attach_to(&lab.a, 2, &["--format", "json"])?;
+        let sizes = [16_300, 16_384, 32_768, 49_153, 60_000, 65_300];
+        for inner in FAMILIES {
+            let _udp = UdpServer::start(&lab.b, lab.pod_udp(inner), true)?;
+            let client = UdpClient::connect(&lab.a, lab.pod_udp(inner))?;
+            for size in sizes {
+                ensure!(client.ask(size, LIMIT)?.is_some(), "{inner:?}: {size} bytes by UDP lost");
+            }
+        }
+        let finished = vxmon.stop()?;
+        finished.adds_up()?;
+        let counts = counts(&finished);
+        // On the uplink; on the VXLAN device the sum is still to be made. Once for each family inside.
+        let wanted = 2 * sizes.len() as u64;
+        ensure!(counts.get("valid").is_some_and(|valid| *valid >= wanted), "{underlay:?}: {counts:?}");
+        ensure!(counts.keys().all(|name| GOOD_VERDICTS.contains(&name.as_str())), "{underlay:?}: {counts:?}");
+        ensure!(udp_csum_errors(&lab.b, underlay)? == 0, "the receiver dropped packets");
+    }
+    Ok(())
+}
+
 /// The rules that kube-proxy has since the fix, and the traffic that the old ones broke.
 #[test]
 fn fixed_rules_have_no_anomaly() -> Result<()> {
