@@ -14,7 +14,11 @@ use anyhow::{Context as _, Result, bail};
 use aya_build::{Package, Toolchain};
 use sha2::{Digest as _, Sha256};
 
-const OBJECTS: [&str; 3] = ["vxmon", "vxmon-nat", "vxmon-test"];
+const OBJECTS: [&str; 5] = ["vxmon", "vxmon-legacy", "vxmon-nat", "vxmon-probe", "vxmon-test"];
+/// Features of vxmon-ebpf, with each of which it is built: see its manifest.
+const KINDS: [&str; 2] = ["modern", "legacy"];
+/// For kernels that take an object's BTF and then refuse what it says of the programs' functions (E2BIG on 4.19).
+const WITHOUT_BTF: &str = "vxmon-legacy";
 /// Not in the daemon's binary.
 const TEST_OBJECT: &str = "vxmon-test";
 const SETUP: &str = "run `cargo xtask setup`";
@@ -106,18 +110,33 @@ fn ebpf(root: &Path, out: &Path) -> Result<()> {
         }
     }
     let package = root.join("vxmon-ebpf");
-    let package = Package {
+    let root_dir = package.to_str().context("the path of the workspace is not UTF-8")?;
+    let features = KINDS.map(|kind| [kind]);
+    let packages = features.each_ref().map(|features| Package {
         name: "vxmon-ebpf",
-        root_dir: package.to_str().context("the path of the workspace is not UTF-8")?,
-        ..Package::default()
-    };
-    aya_build::build_ebpf([package], Toolchain::Custom(&toolchain)).context("the eBPF program does not build")?;
+        root_dir,
+        no_default_features: true,
+        features,
+    });
+    aya_build::build_ebpf(packages, Toolchain::Custom(&toolchain)).context("the eBPF program does not build")?;
     for object in OBJECTS {
         if !out.join(object).exists() {
             bail!("vxmon-ebpf has no binary `{object}`");
         }
     }
-    Ok(())
+    hide_btf(&out.join(WITHOUT_BTF))
+}
+
+/// Gives an object's BTF sections names by which no loader knows them.
+fn hide_btf(path: &Path) -> Result<()> {
+    /// Also the end of `.rel.BTF` and the beginning of `.BTF.ext`, which share their bytes in the table of names.
+    const NAME: &[u8] = b".BTF";
+    let mut object = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let hits: Vec<usize> = (0..object.len()).filter(|at| object[*at..].starts_with(NAME)).collect();
+    for at in hits {
+        object[at + 1..at + NAME.len()].fill(b'-');
+    }
+    fs::write(path, object).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Has aya-build put its intermediate files into `shared`, so that all profiles and target directories build core and

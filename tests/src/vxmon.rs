@@ -172,6 +172,13 @@ pub fn by_packet_socket() -> bool {
     std::env::var("VXMON_ENGINE").is_ok_and(|engine| engine == "packet-socket")
 }
 
+/// Whether vxmon is told by the environment to use the TC programs for kernels before 5.8: then the checksum's state is not
+/// known, and the conntrack entry comes by netlink.
+#[must_use]
+pub fn by_perf() -> bool {
+    std::env::var("VXMON_TRANSPORT").is_ok_and(|transport| transport == "perf")
+}
+
 /// Whether this kernel lets a program see NAT being set up, by kprobes: evidence `observed`.
 #[must_use]
 pub fn sees_nat() -> bool {

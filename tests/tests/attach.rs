@@ -445,3 +445,37 @@ fn missing_privilege_is_named() -> Result<()> {
     }
     Ok(())
 }
+
+/// Which programs are used, and what they know of the skb, is what was asked for or what the kernel has; and `attached` says it.
+#[test]
+fn the_transport_is_told() -> Result<()> {
+    if !skip::root_or_skip("the_transport_is_told") {
+        return Ok(());
+    }
+    let lab = lab()?;
+    let no_ring_buffer = "this kernel has no eBPF ring buffer";
+    let cases: [(&[&str], &str, &str, Option<&str>); 4] = [
+        (&["--transport", "auto"], "ringbuf", "skb", None),
+        (&["--transport", "ringbuf"], "ringbuf", "skb", None),
+        (&["--transport", "perf"], "perf", "none", None),
+        (&["--transport", "auto", "--no-ring-buffer"], "perf", "none", Some(no_ring_buffer)),
+    ];
+    for (args, transport, metadata, fallback) in cases {
+        let finished = Vxmon::attach_to(&lab.a, 2, &[&["--format", "json"], args].concat())?.stop()?;
+        finished.adds_up()?;
+        let attached: Vec<_> = finished.all.iter().filter(|line| line["type"] == "attached").collect();
+        ensure!(attached.len() == 2, "{:#?}", finished.all);
+        for line in attached {
+            ensure!(line["transport"] == transport && line["metadata"] == metadata, "{args:?}: {line}");
+            let told = line["fallback"].as_str();
+            ensure!(told.is_some() == fallback.is_some(), "{args:?}: {line}");
+            ensure!(fallback.is_none_or(|why| told.is_some_and(|told| told.contains(why))), "{args:?}: {line}");
+        }
+        ensure!(fallback.is_none_or(|why| finished.stderr.contains(why)), "{args:?}: {}", finished.stderr);
+        let blind = finished.stderr.contains("without the skb's metadata");
+        ensure!(blind == (metadata == "none"), "{args:?}: {}", finished.stderr);
+    }
+    let args = ["--transport", "ringbuf", "--no-ring-buffer", "--engine", "tc"];
+    let finished = Vxmon::start(&lab.a, &args)?.wait(LIMIT)?;
+    refuses("a ring buffer", (finished.status, finished.stdout.len(), &finished.stderr), &[no_ring_buffer])
+}

@@ -12,8 +12,9 @@ use std::{fmt::Write as _, time::Instant};
 use anyhow::{Context, Result, bail, ensure};
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, MapData},
+    maps::{Array, MapData, PerCpuArray, PerCpuValues},
     programs::{ProgramError, SchedClassifier, TestRun, TestRunOptions},
+    util::nr_cpus,
 };
 use generate::{Rng, Row, Sample, Shape, Told};
 use vxmon::source::{
@@ -21,9 +22,14 @@ use vxmon::source::{
     object::{self, Object},
 };
 use vxmon_common::{
-    config::{CONFIG, PORTS, PORTS_MAP, port_flag},
-    judge::{self, Found, Outcome, Reason, Skb, State, Verdict},
-    packet::Bytes,
+    config::{
+        CONFIG, COUNTERS_MAP, PORTS, PORTS_MAP, UPLINK_PROGRAM, VXLAN_PROGRAM,
+        legacy::{self, Judged},
+        port_flag,
+    },
+    counters::Counters,
+    judge::{self, Found, Outcome, Packed, Reason, Skb, State, Verdict},
+    packet::{Bytes, Ip},
 };
 use vxmon_tests::skip;
 
@@ -50,22 +56,67 @@ struct Case {
 /// `bpf_csum_diff()` sums any length in place.
 #[test]
 fn kernel_and_userspace_agree() -> Result<()> {
-    compare("judge_kernel::kernel_and_userspace_agree", 4096)
+    let name = "judge_kernel::kernel_and_userspace_agree";
+    if !skip::root_or_skip(name) {
+        return Ok(());
+    }
+    compare(&mut Kernel::load(4096)?)
 }
 
 /// It takes 512 bytes at a time, as on older kernels.
 #[test]
 fn kernel_and_userspace_agree_by_512_bytes() -> Result<()> {
-    compare("judge_kernel::kernel_and_userspace_agree_by_512_bytes", 512)
-}
-
-fn compare(name: &str, csum_chunk: u32) -> Result<()> {
+    let name = "judge_kernel::kernel_and_userspace_agree_by_512_bytes";
     if !skip::root_or_skip(name) {
         return Ok(());
     }
-    let mut kernel = Kernel::load(csum_chunk)?;
+    compare(&mut Kernel::load(512)?)
+}
+
+/// The object for kernels before 5.8, as the daemon loads it. It knows no metadata.
+#[test]
+fn old_kernels_and_userspace_agree() -> Result<()> {
+    if !skip::root_or_skip("judge_kernel::old_kernels_and_userspace_agree") {
+        return Ok(());
+    }
+    let mut legacy = Legacy::load()?;
+    compare(&mut legacy)?;
+    legacy.counted_as_judged()
+}
+
+/// The judge in some object.
+trait InKernel {
+    /// Its name, for the report.
+    fn name(&self) -> String;
+    /// Whether it is told the metadata.
+    const HAS_METADATA: bool;
+    /// Runs a program over a packet. `None`: the kernel does not take such a packet for a test run.
+    fn judge(&mut self, program: &str, case: &Case) -> Result<Option<[u32; 6]>>;
+
+    /// The longest packet taken: a page less headroom and the shared info (`bpf_test_init()`, net/bpf/test_run.c).
+    fn longest_packet(&mut self) -> Result<usize> {
+        let (mut taken, mut refused) = (1000, 1 << 17);
+        while refused - taken > 1 {
+            let middle = usize::midpoint(taken, refused);
+            let case = Case { bytes: vec![0; middle], skb: Skb::UNKNOWN, sum_payload: true, story: String::new() };
+            if self.judge(UPLINK, &case)?.is_some() {
+                taken = middle;
+            } else {
+                refused = middle;
+            }
+        }
+        Ok(taken)
+    }
+}
+
+fn compare<K: InKernel>(kernel: &mut K) -> Result<()> {
     let most = kernel.longest_packet()?;
-    let cases = corpus(most);
+    let mut cases = corpus(most);
+    if !K::HAS_METADATA {
+        for case in &mut cases {
+            case.skb = Skb::UNKNOWN;
+        }
+    }
     let start = Instant::now();
     let mut tally = Tally::default();
     for case in &cases {
@@ -73,7 +124,7 @@ fn compare(name: &str, csum_chunk: u32) -> Result<()> {
             tally.add(case, program, kernel.judge(program, case)?, userspace(program, case));
         }
     }
-    tally.tell(csum_chunk, most, cases.len(), start);
+    tally.tell(&kernel.name(), most, cases.len(), start);
     if let Some(first) = tally.differences.first() {
         bail!("{} of {} differ (seed {SEED:#x}), the first:\n{first}", tally.differences.len(), tally.compared);
     }
@@ -81,8 +132,9 @@ fn compare(name: &str, csum_chunk: u32) -> Result<()> {
     ensure!(tally.compared >= 10_000, "only {} packets were compared", tally.compared);
     for verdict in Verdict::ALL {
         let reached = tally.verdicts[usize::from(verdict as u8)] > 0;
-        let by_name = verdict == Verdict::NatStalePort; // only the connection's tuples give this name
-        ensure!(reached != by_name, "{} came {} times", verdict.name(), tally.verdicts[usize::from(verdict as u8)]);
+        // Only the connection's tuples give the first name; only metadata shows that the field must be 0.
+        let never = verdict == Verdict::NatStalePort || verdict == Verdict::NatMangledZero && !K::HAS_METADATA;
+        ensure!(reached != never, "{} came {} times", verdict.name(), tally.verdicts[usize::from(verdict as u8)]);
     }
     for reason in Reason::ALL {
         let needs_more_than_a_page = reason == Reason::TooLong;
@@ -102,6 +154,7 @@ const VXLAN: &str = "judge_vxlan";
 struct Kernel {
     ebpf: Ebpf,
     result: Array<MapData, [u32; 6]>,
+    csum_chunk: u32,
 }
 
 impl Kernel {
@@ -118,16 +171,19 @@ impl Kernel {
             let program: &mut SchedClassifier = ebpf.program_mut(name).context(name)?.try_into()?;
             program.load().with_context(|| format!("the kernel refuses {name}"))?;
         }
-        let mut ports: Array<MapData, [u8; PORTS]> = ebpf.take_map(PORTS_MAP).context(PORTS_MAP)?.try_into()?;
-        let mut table = [0; PORTS];
-        table[usize::from(4789_u16.to_be())] = port_flag::TUNNEL | port_flag::NO_ZERO_IPV6;
-        table[usize::from(8472_u16.to_be())] = port_flag::TUNNEL;
-        ports.set(0, table, 0)?;
+        set_ports(&mut ebpf, PORTS_MAP)?;
         let result = ebpf.take_map("RESULT").context("RESULT")?.try_into()?;
-        Ok(Self { ebpf, result })
+        Ok(Self { ebpf, result, csum_chunk })
+    }
+}
+
+impl InKernel for Kernel {
+    const HAS_METADATA: bool = true;
+
+    fn name(&self) -> String {
+        format!("csum_chunk {}", self.csum_chunk)
     }
 
-    /// Runs a program over a packet. `None`: the kernel does not take such a packet for a test run.
     fn judge(&mut self, program: &str, case: &Case) -> Result<Option<[u32; 6]>> {
         let program: &mut SchedClassifier = self.ebpf.program_mut(program).context("no program")?.try_into()?;
         let mut context = [0; SK_BUFF];
@@ -141,29 +197,120 @@ impl Kernel {
         let mut options = TestRunOptions::new();
         options.data_in = Some(&case.bytes);
         options.ctx_in = Some(&context);
-        match program.test_run(options) {
-            Ok(run) => {
-                ensure!(run.return_value == u32::MAX, "returned {}, not TC_ACT_UNSPEC", run.return_value);
-                Ok(Some(self.result.get(&0, 0)?))
-            }
-            Err(ProgramError::SyscallError(error)) if error.io_error.raw_os_error() == Some(EINVAL) => Ok(None),
-            Err(error) => Err(error).context("the test run failed"),
+        if run(program, options)? { Ok(Some(self.result.get(&0, 0)?)) } else { Ok(None) }
+    }
+}
+
+/// Runs a program; whether the kernel took the packet for a test run.
+fn run(program: &SchedClassifier, options: TestRunOptions<'_>) -> Result<bool> {
+    match program.test_run(options) {
+        Ok(run) => {
+            ensure!(run.return_value == u32::MAX, "returned {}, not TC_ACT_UNSPEC", run.return_value);
+            Ok(true)
         }
+        Err(ProgramError::SyscallError(error)) if error.io_error.raw_os_error() == Some(EINVAL) => Ok(false),
+        Err(error) => Err(error).context("the test run failed"),
+    }
+}
+
+fn set_ports(ebpf: &mut Ebpf, map: &str) -> Result<()> {
+    let mut ports: Array<_, [u8; PORTS]> = ebpf.map_mut(map).context("no map of ports")?.try_into()?;
+    let mut table = [0; PORTS];
+    table[usize::from(4789_u16.to_be())] = port_flag::TUNNEL | port_flag::NO_ZERO_IPV6;
+    table[usize::from(8472_u16.to_be())] = port_flag::TUNNEL;
+    Ok(ports.set(0, table, 0)?)
+}
+
+/// The object for kernels before 5.8, watching loopback, the device that a test run gives its packets.
+struct Legacy {
+    ebpf: Ebpf,
+    sum_payload: bool,
+    runs: u64,
+    /// Judged, unverified, none to judge.
+    answers: [u64; 3],
+}
+
+/// What the stages hand on.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Work {
+    judged: Judged,
+    rest: [u8; legacy::WORK_SIZE - size_of::<Judged>()],
+}
+
+#[expect(unsafe_code, reason = "aya's Pod is an unsafe marker")]
+// SAFETY: integers and bytes, without padding.
+unsafe impl aya::Pod for Work {}
+
+impl Legacy {
+    const LOOPBACK: u32 = 1;
+    const SLOT: u32 = 1;
+
+    fn load() -> Result<Self> {
+        let mut ebpf = vxmon::source::tc::legacy_object()?;
+        set_ports(&mut ebpf, legacy::PORTS_MAP)?;
+        let mut slots: Array<_, [u8; PORTS]> = ebpf.map_mut(legacy::SLOTS_MAP).context("no slots")?.try_into()?;
+        let mut table = [0; PORTS];
+        table[Self::LOOPBACK as usize] = Self::SLOT as u8;
+        slots.set(0, table, 0)?;
+        Ok(Self { ebpf, sum_payload: true, runs: 0, answers: [0; 3] })
     }
 
-    /// The longest packet taken: a page less headroom and the shared info (`bpf_test_init()`, net/bpf/test_run.c).
-    fn longest_packet(&mut self) -> Result<usize> {
-        let (mut taken, mut refused) = (1000, 1 << 17);
-        while refused - taken > 1 {
-            let middle = usize::midpoint(taken, refused);
-            let case = Case { bytes: vec![0; middle], skb: Skb::UNKNOWN, sum_payload: true, story: String::new() };
-            if self.judge(UPLINK, &case)?.is_some() {
-                taken = middle;
-            } else {
-                refused = middle;
-            }
+    /// Each packet was counted once, by what was said of it.
+    fn counted_as_judged(&self) -> Result<()> {
+        let map = self.ebpf.map(COUNTERS_MAP).context("no counters")?;
+        let mut sum = Counters::default();
+        for counters in PerCpuArray::<_, Counters>::try_from(map)?.get(&Self::SLOT, 0)?.iter() {
+            sum.add(counters);
         }
-        Ok(taken)
+        let unverified: u64 = sum.unverified.iter().sum();
+        let counted = [sum.seen() - unverified, unverified, sum.other];
+        ensure!(counted == self.answers && self.runs > 10_000, "{sum:?}, but was told {:?}", self.answers);
+        // Nobody reads the events, so those that were due are lost.
+        ensure!(sum.lost_ring > 0 && sum.lost_ring + sum.suppressed == sum.anomalies(), "{sum:?}");
+        Ok(())
+    }
+}
+
+impl InKernel for Legacy {
+    const HAS_METADATA: bool = false;
+
+    fn name(&self) -> String {
+        "for kernels before 5.8".to_owned()
+    }
+
+    fn judge(&mut self, program: &str, case: &Case) -> Result<Option<[u32; 6]>> {
+        if case.sum_payload != self.sum_payload {
+            // One in 2^32: none.
+            let sample = if case.sum_payload { 1 } else { u32::MAX };
+            let map = self.ebpf.map_mut(legacy::SAMPLE_MAP).context("no sample")?;
+            Array::<_, u32>::try_from(map)?.set(0, sample, 0)?;
+            self.sum_payload = case.sum_payload;
+        }
+        // What is left of the packet before must not pass for the answer.
+        const NONE: Work = Work {
+            judged: Judged { outcome: u64::MAX, ip: 0, l3: 0, reserved: 0 },
+            rest: [0xff; legacy::WORK_SIZE - size_of::<Judged>()],
+        };
+        let mut work: PerCpuArray<_, Work> = self.ebpf.map_mut(legacy::WORK_MAP).context("no work")?.try_into()?;
+        let cpus = nr_cpus().map_err(|(what, error)| anyhow::anyhow!("{what}: {error}"))?;
+        work.set(0, PerCpuValues::try_from(vec![NONE; cpus])?, 0)?;
+        let name = if program == UPLINK { UPLINK_PROGRAM } else { VXLAN_PROGRAM };
+        let program: &SchedClassifier = self.ebpf.program(name).context("no program")?.try_into()?;
+        if !run(program, TestRunOptions { data_in: Some(&case.bytes), ..TestRunOptions::new() })? {
+            return Ok(None);
+        }
+        self.runs += 1;
+        let work: PerCpuArray<_, Work> = self.ebpf.map(legacy::WORK_MAP).context("no work")?.try_into()?;
+        let judged = work.get(&0, 0)?.iter().map(|work| work.judged).find(|judged| judged.outcome != u64::MAX);
+        let Some(judged) = judged else {
+            self.answers[2] += 1;
+            return Ok(Some([0; 6]));
+        };
+        let ip = Ip::unpack(judged.ip, judged.l3).ok().context("no header was noted")?;
+        let outcome = Packed::from_bits(judged.outcome);
+        self.answers[usize::from(!outcome.is_judged())] += 1;
+        Ok(Some(answer(&ip, outcome.outcome())))
     }
 }
 
@@ -177,7 +324,11 @@ fn userspace(program: &str, case: &Case) -> [u32; 6] {
         UPLINK => judge::uplink(&packet, &told, None),
         _ => judge::vxlan_device(&packet, &told, None),
     };
-    let Some(Found { ip, outcome }) = found else { return [0; 6] };
+    found.map_or([0; 6], |Found { ip, outcome }| answer(&ip, outcome))
+}
+
+/// The form that answers are compared in.
+fn answer(ip: &Ip, outcome: Outcome) -> [u32; 6] {
     match outcome {
         Outcome::Unverified(reason) => [2, reason as u32, 0, 0, 0, ip.l4],
         Outcome::Judged(finding) => {
@@ -298,11 +449,11 @@ impl Tally {
         }
     }
 
-    fn tell(&self, csum_chunk: u32, most: usize, cases: usize, start: Instant) {
+    fn tell(&self, name: &str, most: usize, cases: usize, start: Instant) {
         let verdicts: Vec<_> = Verdict::ALL.iter().map(|verdict| verdict.name()).zip(self.verdicts).collect();
         let reasons: Vec<_> = Reason::ALL.iter().map(|reason| reason.name()).zip(self.reasons).collect();
         println!(
-            "seed {SEED:#x}, csum_chunk {csum_chunk}: {cases} packets of up to {most} bytes, {} comparisons in {:?}, {} \
+            "seed {SEED:#x}, {name}: {cases} packets of up to {most} bytes, {} comparisons in {:?}, {} \
              not taken by the kernel, {} none to judge; {verdicts:?}; unverified {reasons:?}",
             self.compared,
             start.elapsed(),

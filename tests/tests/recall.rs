@@ -15,7 +15,7 @@ use vxmon_tests::{
     counters::{CtEntry, Tuple, conntrack_vxlan},
     skip,
     traffic::{self, HttpServer, UdpClient, UdpServer},
-    vxmon::{Finished, anomalies, number, sees_nat},
+    vxmon::{Finished, anomalies, by_perf, number, sees_nat},
 };
 
 const LIMIT: Duration = Duration::from_secs(5);
@@ -167,8 +167,9 @@ struct Sources {
     rule: (&'static str, &'static str),
 }
 
-const fn from_skb(backend: Backend) -> Sources {
-    Sources { state: "partial", conntrack: "skb", mark: Some("0x4000"), rule: rule(backend) }
+fn from_skb(backend: Backend) -> Sources {
+    let (state, conntrack) = if by_perf() { ("unknown", "netlink") } else { ("partial", "skb") };
+    Sources { state, conntrack, mark: Some("0x4000"), rule: rule(backend) }
 }
 
 /// The rule that masquerades, as it is written where it lives.
@@ -285,6 +286,10 @@ fn conntrack_by_skb_and_by_netlink_agree() -> Result<()> {
     if !skip::root_or_skip("conntrack_by_skb_and_by_netlink_agree") {
         return Ok(());
     }
+    if by_perf() {
+        skip::skip("conntrack_by_skb_and_by_netlink_agree", "these programs do not see the skb's entry");
+        return Ok(());
+    }
     for underlay in FAMILIES {
         let lab = broken_lab(LabOptions { underlay, ..LabOptions::default() }, Backend::Nftables)?;
         let seen = watch(&lab, 2, &[&["--conntrack", "skb"], &["--conntrack", "netlink"]])?;
@@ -395,10 +400,12 @@ fn packet_sockets_and_tc_programs_agree() -> Result<()> {
             for one in &tc.events {
                 let other = socket.events.iter().find(|other| other["outer"] == one["outer"]);
                 let other = other.with_context(|| format!("the packet socket has not seen {one}"))?;
-                for path in ["/ct/orig", "/ct/reply", "/cause", "/verdict", "/csum", "/inner", "/dev"] {
+                let csum: &[&str] = if by_perf() { &["/csum/seen", "/csum/expected"] } else { &["/csum"] };
+                for path in ["/ct/orig", "/ct/reply", "/cause", "/verdict", "/inner", "/dev"].iter().chain(csum) {
                     ensure!(one.pointer(path) == other.pointer(path), "{path} differs: {one} and {other}");
                 }
-                ensure!(one["csum"]["state"] == "partial", "{one}");
+                let state = if by_perf() { "unknown" } else { "partial" };
+                ensure!(one["csum"]["state"] == state && other["csum"]["state"] == "partial", "{one} and {other}");
             }
         }
     }

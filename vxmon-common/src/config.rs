@@ -145,6 +145,89 @@ pub struct Config {
     pub status: u32,
 }
 
+/// The object for kernels before 5.8: what is a global or the ring buffer in the other one is a map there, under another
+/// name, and the work is done in stages. The names of the entries, and all other maps, are the same.
+pub mod legacy {
+    use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+    /// Array of one value: [`super::Config::sample`].
+    pub const SAMPLE_MAP: &str = "SAMPLE";
+    /// Array of one value, as [`super::PORTS_MAP`].
+    pub const PORTS_MAP: &str = "PORT_TABLE";
+    /// Array of one value, as [`super::SLOTS_MAP`].
+    pub const SLOTS_MAP: &str = "SLOT_TABLE";
+    /// Array of one value, as [`super::DEVICES_MAP`].
+    pub const DEVICES_MAP: &str = "DEVICE_TABLE";
+    /// Perf event array of [`crate::event::Event`].
+    pub const EVENTS_MAP: &str = "PERF_EVENTS";
+    /// Program array of [`STAGES`].
+    pub const STAGES_MAP: &str = "STAGES";
+    /// Per-CPU array of one value, [`WORK_SIZE`] bytes: the packet at hand. It begins with [`Judged`].
+    pub const WORK_MAP: &str = "WORK";
+    /// Size of that value.
+    pub const WORK_SIZE: usize = 1024;
+
+    /// What the judge said of the last packet. For tests.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+    #[repr(C)]
+    pub struct Judged {
+        /// [`crate::judge::Packed`].
+        pub outcome: u64,
+        /// The judged header: [`crate::packet::Ip::pack`].
+        pub ip: u64,
+        /// Where that is.
+        pub l3: u32,
+        /// Padding.
+        pub reserved: u32,
+    }
+
+    /// The programs of the stages, by their index in that array.
+    pub const STAGES: [&str; 8] = [
+        "vxmon_tunnel",
+        "vxmon_frame",
+        "vxmon_walk",
+        "vxmon_any",
+        "vxmon_sum",
+        "vxmon_whose",
+        "vxmon_count",
+        "vxmon_send",
+    ];
+
+    /// Indexes in [`STAGES`].
+    pub mod stage {
+        /// Judges an uplink's packet.
+        pub const TUNNEL: u32 = 0;
+        /// Judges a VXLAN device's frame.
+        pub const FRAME: u32 = 1;
+        /// Walks through an IP header.
+        pub const WALK: u32 = 2;
+        /// Judges by any reading.
+        pub const ANY: u32 = 3;
+        /// Sums.
+        pub const SUM: u32 = 4;
+        /// Finds the connection inside.
+        pub const WHOSE: u32 = 5;
+        /// Counts an anomaly.
+        pub const COUNT: u32 = 6;
+        /// Sends it.
+        pub const SEND: u32 = 7;
+    }
+}
+
+/// The program that tries what the kernel can do.
+pub mod probe {
+    /// Its name.
+    pub const PROGRAM: &str = "vxmon_probe";
+    /// Bytes that it sums at once: more than the kernel's scratchpad of 512 had room for.
+    pub const LONG: u32 = 1024;
+    /// It returns: the kernel did,
+    pub const TAKEN: u32 = 0;
+    /// it did not,
+    pub const REFUSED: u32 = 1;
+    /// the packet was too short.
+    pub const TOO_SHORT: u32 = 2;
+}
+
 #[cfg(feature = "aya")]
 mod pod {
     #![expect(unsafe_code, reason = "aya's Pod is an unsafe marker; zerocopy's derives prove what it asks")]

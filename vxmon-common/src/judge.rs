@@ -493,7 +493,11 @@ fn l4_length<P: Packet>(packet: &P, ip: &Ip) -> Result<u32, Packed> {
 /// Judges a UDP checksum: the outer one of a tunnel packet, or one inside.
 #[inline(always)]
 fn udp<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip, is_outer: bool) -> Packed {
-    let (Some(length), Some(seen)) = (packet.u16(ip.l4 + UDP_LEN), packet.u16(ip.l4 + UDP_CHECK)) else {
+    // One after the other: of two at once the compiler carries one along that is not set, if the other one cannot be read.
+    let Some(length) = packet.u16(ip.l4 + UDP_LEN) else {
+        return UNREADABLE;
+    };
+    let Some(seen) = packet.u16(ip.l4 + UDP_CHECK) else {
         return UNREADABLE;
     };
     let available = match l4_length(packet, ip) {
@@ -583,7 +587,10 @@ fn l4<P: Packet, S: Surroundings>(packet: &P, surroundings: &S, ip: &Ip, check: 
         return AMBIGUOUS;
     }
     let has_pseudo_header = ip.proto != proto::ICMP;
-    let (Some(seen), Some(pseudo)) = (packet.u16(ip.l4 + check), packet::pseudo_header(packet, ip, length)) else {
+    let Some(seen) = packet.u16(ip.l4 + check) else {
+        return UNREADABLE;
+    };
+    let Some(pseudo) = packet::pseudo_header(packet, ip, length) else {
         return UNREADABLE;
     };
     let pseudo = if has_pseudo_header { pseudo } else { Sum::ZERO };

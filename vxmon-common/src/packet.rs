@@ -48,6 +48,21 @@ pub trait Packet {
     {
         ip(self, ethertype, l3)
     }
+    /// Walks on to the end of a chain of extension headers, at most [`MAX_EXTENSIONS`] of them; an implementation may only
+    /// unroll it.
+    #[inline(always)]
+    fn extensions(&self, chain: &mut Chain) -> Result<(), Stop>
+    where
+        Self: Sized,
+    {
+        for _ in 0..MAX_EXTENSIONS {
+            if chain.is_at_end() {
+                break;
+            }
+            chain.step(self)?;
+        }
+        Ok(())
+    }
     /// Whether the packet has no bytes at all.
     fn is_empty(&self) -> bool {
         self.len() == 0
@@ -113,7 +128,7 @@ pub const VXLAN: u32 = VxlanHdr::LEN as u32;
 /// VLAN tags that are walked through: 802.1ad, 802.1Q, and one to spare.
 const MAX_TAGS: u32 = 3;
 /// IPv6 extension headers that are walked through; senders use each at most once or twice (RFC 8200, section 4.1).
-const MAX_EXTENSIONS: u32 = 8;
+pub const MAX_EXTENSIONS: u32 = 8;
 
 /// IP protocol numbers as they stand in a header (network-types names them).
 pub mod proto {
@@ -302,22 +317,47 @@ fn ipv4<P: Packet>(packet: &P, l3: u32) -> Result<Ip, Stop> {
 
 #[inline(always)]
 fn ipv6<P: Packet>(packet: &P, l3: u32) -> Result<Ip, Stop> {
-    const OFFSET_OR_MORE: u16 = 0xfff9_u16.to_be();
-    const OFFSET: u16 = 0xfff8_u16.to_be();
     if packet.u8(l3).ok_or(Stop::Unreadable)? >> 4 != 6 {
         return Err(Stop::NotIp);
     }
     let payload = packet.u16(l3 + offset_of!(Ipv6Hdr, payload_len) as u32).ok_or(Stop::Unreadable)?;
     let payload = u32::from(u16::from_be(payload));
-    let mut next = packet.u8(l3 + offset_of!(Ipv6Hdr, next_hdr) as u32).ok_or(Stop::Unreadable)?;
-    let mut l4 = l3 + Ipv6Hdr::LEN as u32;
+    let next = packet.u8(l3 + offset_of!(Ipv6Hdr, next_hdr) as u32).ok_or(Stop::Unreadable)?;
+    let l4 = l3 + Ipv6Hdr::LEN as u32;
     let end = if payload == 0 { 0 } else { l4 + payload };
-    let mut fragment = Fragment::No;
-    let mut rerouted = false;
-    for _ in 0..MAX_EXTENSIONS {
-        if !is_extension(next) || fragment == Fragment::Later {
-            break;
-        }
+    let mut chain = Chain { next, l4, fragment: Fragment::No, rerouted: false };
+    packet.extensions(&mut chain)?;
+    if !chain.is_at_end() {
+        return Err(Stop::Unreadable);
+    }
+    let Chain { next, l4, fragment, rerouted } = chain;
+    Ok(Ip { family: Family::V6, l3, l4, end, proto: next, fragment, rerouted })
+}
+
+/// How far a chain of IPv6 extension headers was walked through.
+#[derive(Clone, Copy, Debug)]
+pub struct Chain {
+    /// Kind of the next header,
+    next: u8,
+    /// and its offset.
+    l4: u32,
+    fragment: Fragment,
+    rerouted: bool,
+}
+
+impl Chain {
+    /// Whether what comes next is no extension header, or is in another fragment.
+    #[inline(always)]
+    pub fn is_at_end(&self) -> bool {
+        !is_extension(self.next) || self.fragment == Fragment::Later
+    }
+
+    /// One header further.
+    #[inline(always)]
+    pub fn step<P: Packet>(&mut self, packet: &P) -> Result<(), Stop> {
+        const OFFSET_OR_MORE: u16 = 0xfff9_u16.to_be();
+        const OFFSET: u16 = 0xfff8_u16.to_be();
+        let Self { next, mut l4, mut fragment, mut rerouted } = *self;
         let header = packet.u16(l4).ok_or(Stop::Unreadable)?.to_ne_bytes();
         let length = u32::from(header[1]);
         if next == IpProto::Ipv6Frag as u8 {
@@ -334,13 +374,25 @@ fn ipv6<P: Packet>(packet: &P, l3: u32) -> Result<Ip, Stop> {
             }
             l4 += (length + 1) * 8; // RFC 8200, section 4.3
         }
-        next = header[0];
-        l4 = packet.forget(l4);
+        *self = Self { next: header[0], l4: packet.forget(l4), fragment, rerouted };
+        Ok(())
     }
-    if is_extension(next) && fragment != Fragment::Later {
-        return Err(Stop::Unreadable);
+
+    /// In one number, as [`Ip::pack`].
+    #[inline(always)]
+    pub const fn pack(&self) -> u64 {
+        let Self { next, l4, fragment, rerouted } = *self;
+        Ip::pack(Ok(Ip { family: Family::V6, l3: 0, l4, end: 0, proto: next, fragment, rerouted }))
     }
-    Ok(Ip { family: Family::V6, l3, l4, end, proto: next, fragment, rerouted })
+
+    /// Back from [`Chain::pack`].
+    #[inline(always)]
+    pub const fn unpack(packed: u64) -> Option<Self> {
+        match Ip::unpack(packed, 0) {
+            Ok(Ip { l4, proto, fragment, rerouted, .. }) => Some(Self { next: proto, l4, fragment, rerouted }),
+            Err(_) => None,
+        }
+    }
 }
 
 #[inline(always)]

@@ -2,6 +2,8 @@
 //!
 //! ```text
 //! bin/vxmon       the object the daemon loads: one program for uplinks, one for VXLAN devices
+//! bin/vxmon-legacy  the same for kernels before 5.8, with `legacy`
+//! bin/vxmon-probe tries what the kernel can do
 //! bin/vxmon-test  the same judge with the skb's metadata handed in, for tests and benchmarks
 //! watch           what both programs do with a packet
 //! skb             reading and summing an skb's bytes (vxmon_common::packet::Packet)
@@ -10,6 +12,7 @@
 //! story       connections that had bad packets, and their first good one after
 //! tally           this CPU's counters of a device
 //! maps            every map and global, by the names in vxmon_common::config
+//! legacy          what kernels before 5.8 can run: the same judge and reports in stages
 //! ```
 //!
 //! The program never changes, delays or drops a packet: it always returns TC_ACT_UNSPEC, so that other programs behind
@@ -22,6 +25,7 @@
     reason = "the pointers are the program's context, for which the verifier vouches at each use"
 )]
 
+pub mod legacy;
 pub mod maps;
 pub mod meta;
 pub mod report;

@@ -18,7 +18,7 @@ use vxmon_common::{
 use crate::{meta::Entry, report::Case};
 
 /// Settings; the daemon writes them into the object before it is loaded.
-#[unsafe(no_mangle)]
+#[cfg_attr(feature = "modern", unsafe(no_mangle))]
 static CONFIG: Config = Config {
     sample: 0,
     csum_chunk: 0,
@@ -50,16 +50,16 @@ pub fn setting(of: impl Fn(&'static Config) -> &'static u32) -> u32 {
 
 /// See [`vxmon_common::config::PORTS_MAP`]. This and the next two are written by the daemon alone, a byte or a device at a
 /// time as far as the program can see.
-#[unsafe(no_mangle)]
-#[unsafe(link_section = ".bss.ports")]
+#[cfg_attr(feature = "modern", unsafe(no_mangle))]
+#[cfg_attr(feature = "modern", unsafe(link_section = ".bss.ports"))]
 static mut PORTS: [u8; PORT_TABLE] = [0; PORT_TABLE];
 /// See [`vxmon_common::config::SLOTS_MAP`].
-#[unsafe(no_mangle)]
-#[unsafe(link_section = ".bss.slots")]
+#[cfg_attr(feature = "modern", unsafe(no_mangle))]
+#[cfg_attr(feature = "modern", unsafe(link_section = ".bss.slots"))]
 static mut INDEXES: [u8; SLOTS_TABLE] = [0; SLOTS_TABLE];
 /// See [`vxmon_common::config::DEVICES_MAP`].
-#[unsafe(no_mangle)]
-#[unsafe(link_section = ".bss.devices")]
+#[cfg_attr(feature = "modern", unsafe(no_mangle))]
+#[cfg_attr(feature = "modern", unsafe(link_section = ".bss.devices"))]
 static mut DEVICES: [Device; SLOTS as usize] = [Device { ifindex: 0, flags: 0, above: [0; 2] }; SLOTS as usize];
 
 /// What is known of a UDP port (memory order): see [`vxmon_common::config::port_flag`].
@@ -93,28 +93,28 @@ pub static FLOWS: LruHashMap<FlowKey, FlowCount> = LruHashMap::with_max_entries(
 #[map]
 pub static STORIES: LruHashMap<Connection, Story> = LruHashMap::with_max_entries(MAX_STORIES, 0);
 /// See [`vxmon_common::config::EVENTS_MAP`].
-#[map]
+#[cfg_attr(feature = "modern", aya_ebpf::macros::map)]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(RING, 0);
 /// Where data that is not linear is copied to be summed.
-#[map]
+#[cfg_attr(feature = "modern", aya_ebpf::macros::map)]
 pub static COPY: PerCpuArray<[u8; COPY_LEN + 4]> = PerCpuArray::with_max_entries(1, 0);
 /// The part of the skb's own fields that is read of the packet at hand.
-#[map]
+#[cfg_attr(feature = "modern", aya_ebpf::macros::map)]
 pub static SKB_WINDOW: PerCpuArray<[u64; WINDOW / 8]> = PerCpuArray::with_max_entries(1, 0);
 /// The conntrack entry of the packet at hand.
-#[map]
+#[cfg_attr(feature = "modern", aya_ebpf::macros::map)]
 pub static CONNTRACK: PerCpuArray<Entry> = PerCpuArray::with_max_entries(1, 0);
 /// The anomaly at hand.
-#[map]
+#[cfg_attr(feature = "modern", aya_ebpf::macros::map)]
 pub static CASE: PerCpuArray<Case> = PerCpuArray::with_max_entries(1, 0);
 /// Addresses and ports of the anomaly at hand.
-#[map]
+#[cfg_attr(feature = "modern", aya_ebpf::macros::map)]
 pub static ENDPOINTS: PerCpuArray<Endpoints> = PerCpuArray::with_max_entries(1, 0);
 /// The outer flow of the anomaly at hand.
-#[map]
+#[cfg_attr(feature = "modern", aya_ebpf::macros::map)]
 pub static FLOW_KEY: PerCpuArray<FlowKey> = PerCpuArray::with_max_entries(1, 0);
 /// The connection inside the packet at hand.
-#[map]
+#[cfg_attr(feature = "modern", aya_ebpf::macros::map)]
 pub static CONNECTION: PerCpuArray<Connection> = PerCpuArray::with_max_entries(1, 0);
 /// The last packet counted on a device that has another watched device below it.
 #[map]

@@ -2,27 +2,26 @@
 //! sent within the last second, it goes to the daemon. Counted even if it cannot be sent. The follow-up on one, a good
 //! packet of its connection, goes the same way, uncounted.
 
-use core::ptr::copy_nonoverlapping;
+use core::{borrow::Borrow, mem::MaybeUninit, ptr::copy_nonoverlapping};
 
 use aya_ebpf::{
     bindings::__sk_buff,
     helpers::generated::{bpf_ktime_get_ns, bpf_skb_load_bytes},
-    programs::TcContext,
 };
-use aya_log_ebpf::debug;
 use vxmon_common::{
     config::REPEAT_INTERVAL_NS,
     conntrack::{Endpoints, Nat, Rewrite, cause},
-    event::{Event, FlowCount, HEAD, event_flag, role},
-    judge::{Packed, State, Verdict},
+    event::{Event, FlowCount, FlowKey, HEAD, event_flag, role},
+    judge::{Packed, Skb, State, Verdict},
     packet::{self, Ip, Packet, proto},
+    story::Connection,
 };
 
 use crate::{
     maps::{CASE, ENDPOINTS, EVENTS, FLOW_KEY, FLOWS},
     meta::{self, Conntrack},
     skb::{SkbPacket, positive},
-    story,
+    story::{self, Awaited, SoFar},
     tally::Tally,
     zero,
 };
@@ -49,6 +48,15 @@ pub struct Case {
     pub connection: u64,
 }
 
+impl Case {
+    /// Whether a connection was found.
+    #[inline(always)]
+    #[must_use]
+    pub fn has_connection(&self) -> bool {
+        story::is_found(self.connection)
+    }
+}
+
 /// Takes note of a case, for [`vxmon_report`].
 #[inline(always)]
 pub fn note(case: Case) {
@@ -60,7 +68,7 @@ pub fn note(case: Case) {
 
 /// Counts the anomaly noted last, and sends it if it is due; sends a follow-up. A global function: checked once by the
 /// verifier. Returns whether it was sent.
-#[unsafe(no_mangle)]
+#[cfg_attr(feature = "modern", unsafe(no_mangle))]
 #[inline(never)]
 pub extern "C" fn vxmon_report(skb: *mut __sk_buff) -> u64 {
     match CASE.get_ptr(0) {
@@ -72,48 +80,105 @@ pub extern "C" fn vxmon_report(skb: *mut __sk_buff) -> u64 {
 
 #[inline(always)]
 fn report(skb: *mut __sk_buff, case: &Case) -> bool {
-    let Case { slot, role, bare, ip, outcome, connection } = case;
-    let (role, bare) = (*role, *bare);
-    let is_anomaly = outcome.is_anomaly();
-    let awaited = if is_anomaly { None } else { story::awaited(*connection) };
-    if !is_anomaly && awaited.is_none() {
-        return false;
-    }
-    let Some(tally) = Tally::of(*slot) else {
-        return false;
-    };
     let packet = &SkbPacket::new(skb);
-    let has_ports = ip.proto == proto::UDP || ip.proto == proto::TCP;
-    let Some(endpoints) = ENDPOINTS.get_ptr_mut(0) else {
+    let connection = || story::found(case.connection);
+    let awaited = if case.outcome.is_anomaly() { None } else { story::awaited(connection(), case.connection) };
+    if !case.outcome.is_anomaly() && awaited.is_none() {
+        return false;
+    }
+    let (Some(endpoints), Some(key)) = (ENDPOINTS.get_ptr_mut(0), FLOW_KEY.get_ptr_mut(0)) else {
         return false;
     };
-    // SAFETY: this CPU's value of the map.
-    let endpoints = unsafe { &mut *endpoints };
-    (endpoints.src, endpoints.dst) = packet::addresses(packet, ip).unwrap_or(([0; 4], [0; 4]));
-    (endpoints.sport, endpoints.dport) = (0, 0);
-    if has_ports && let (Some(sport), Some(dport)) = (packet.u16(ip.l4), packet.u16(ip.l4 + 2)) {
-        (endpoints.sport, endpoints.dport) = (sport, dport);
-    }
+    // SAFETY: this CPU's values of the maps.
+    let (endpoints, key) = unsafe { (&mut *endpoints, &mut *key.cast()) };
+    find_endpoints(packet, &case.ip, endpoints);
+    // Not before: the verifier would follow that once for each kind of answer.
     let conntrack = meta::conntrack(skb);
+    let Some(tally) = Tally::of(case.slot) else {
+        return false;
+    };
+    let (counted, flow) = match &awaited {
+        Some(awaited) => (follow_up(case, awaited), None),
+        None => match count(skb, case, &tally, connection, &conntrack, endpoints, key) {
+            Some(counted) => counted,
+            None => return false,
+        },
+    };
+    let Some(mut entry) = EVENTS.reserve::<Event>(0) else {
+        if case.outcome.is_anomaly() {
+            tally.lost_ring();
+        }
+        return false;
+    };
+    // SAFETY: the reserved entry has room for an event.
+    unsafe { fill(entry.as_mut_ptr(), packet, case, &counted, skb, &meta::skb(skb), &conntrack) };
+    entry.submit(0);
+    if let Some(awaited) = &awaited {
+        awaited.sent();
+        return true;
+    }
+    sent(&tally, &counted, flow);
+    // Compiled in, but dropped by the verifier unless the daemon asks for it (AYA_LOG_LEVEL is a read-only global).
+    #[cfg(feature = "modern")]
+    aya_log_ebpf::debug!(
+        &aya_ebpf::programs::TcContext::new(skb),
+        "device {}: anomaly {} of its flow, verdict {}",
+        ifindex(skb),
+        counted.number,
+        counted.verdict as u8
+    );
+    true
+}
+
+/// The device's index.
+#[inline(always)]
+fn ifindex(skb: *mut __sk_buff) -> u32 {
+    // SAFETY: the context is valid.
+    unsafe { (*skb).ifindex }
+}
+
+/// A case that was counted and is due to be sent. Integers only, every one of which is always set, since it may be handed over
+/// in a map: see [`Packed`].
+#[derive(Clone, Copy)]
+pub struct Counted {
+    verdict: u32,
+    /// What the named fault leaves, memory order; 0 if `flags` do not say that it is known.
+    predicted: u32,
+    /// Of [`event_flag`], those of the cause.
+    flags: u64,
+    now: u64,
+    number: u64,
+    suppressed: u64,
+    so_far: SoFar,
+}
+
+/// Counts an anomaly with these addresses and ports, whose `connection` is looked up only then. `None`: it is not due to be
+/// sent. Else what was counted, and its flow.
+#[inline(always)]
+pub fn count<C: Borrow<Connection>>(
+    skb: *mut __sk_buff,
+    case: &Case,
+    tally: &Tally,
+    connection: impl Fn() -> Option<C>,
+    conntrack: &Conntrack,
+    endpoints: &Endpoints,
+    key: &mut MaybeUninit<FlowKey>,
+) -> Option<(Counted, Option<*mut FlowCount>)> {
     let nat = match conntrack {
         Conntrack::Unknown => Nat::Unknown,
         Conntrack::None => Nat::None,
-        // SAFETY: filled by `conntrack`.
-        Conntrack::Entry(entry) => match unsafe { Rewrite::find(&(*entry).orig, &(*entry).reply, endpoints) } {
+        // SAFETY: filled by `meta::conntrack`.
+        Conntrack::Entry(entry) => match unsafe { Rewrite::find(&(**entry).orig, &(**entry).reply, endpoints) } {
             Some(rewrite) => Nat::Rewritten(rewrite),
             None => Nat::None,
         },
     };
-    let cause = cause(&outcome.finding(), if role == role::UPLINK { &nat } else { &Nat::None });
-    if is_anomaly {
-        tally.verdict(cause.verdict as u8);
-    }
+    let cause = cause(&case.outcome.finding(), if case.role == role::UPLINK { &nat } else { &Nat::None });
+    tally.verdict(cause.verdict as u8);
 
     // SAFETY: a helper without arguments.
     let now = unsafe { bpf_ktime_get_ns() };
-    // SAFETY: the context is valid.
-    let ifindex = unsafe { (*skb).ifindex };
-    let flow = if is_anomaly { flow(endpoints, ifindex, cause.verdict) } else { None };
+    let flow = flow(endpoints, ifindex(skb), cause.verdict, key);
     let mut number = 1;
     let mut suppressed = 0;
     let mut due = true;
@@ -132,29 +197,58 @@ fn report(skb: *mut __sk_buff, case: &Case) -> bool {
         }
     }
 
-    let so_far = match &awaited {
-        Some(awaited) => awaited.so_far(),
-        None => story::bad(*connection, now, due),
-    };
+    let so_far = story::bad(connection(), case.connection, now, due);
     if !due {
         tally.suppressed();
-        return false;
+        return None;
     }
-    let Some(mut entry) = EVENTS.reserve::<Event>(0) else {
-        if is_anomaly {
-            tally.lost_ring();
-        }
-        return false;
+    let (predicted, known) = match cause.predicted {
+        Some(predicted) => (predicted.into(), event_flag::PREDICTED),
+        None => (0, 0),
     };
-    let event = entry.as_mut_ptr();
-    let mut flags = 0;
-    let state = meta::skb(skb);
-    // SAFETY: the reserved entry has room for an event; the context is valid.
+    let flags = u64::from(known | if cause.proved { event_flag::PROVED } else { 0 });
+    Some((Counted { verdict: cause.verdict as u32, predicted, flags, now, number, suppressed, so_far }, flow))
+}
+
+/// A good packet that is waited for: not counted, but sent as an anomaly is.
+#[inline(always)]
+#[must_use]
+pub fn follow_up(case: &Case, awaited: &Awaited) -> Counted {
+    Counted {
+        verdict: case.outcome.number().into(),
+        predicted: 0,
+        flags: 0,
+        // SAFETY: a helper without arguments.
+        now: unsafe { bpf_ktime_get_ns() },
+        number: 1,
+        suppressed: 0,
+        so_far: awaited.so_far(),
+    }
+}
+
+/// Fills an event from a case that was counted.
+///
+/// # Safety
+/// `event` must have room for one.
+#[inline(always)]
+pub unsafe fn fill<P: Packet>(
+    event: *mut Event,
+    packet: &P,
+    case: &Case,
+    counted: &Counted,
+    skb: *mut __sk_buff,
+    state: &Skb,
+    conntrack: &Conntrack,
+) {
+    let Case { role, bare, ip, outcome, .. } = case;
+    let Counted { verdict, predicted, flags, now, number, suppressed, so_far } = counted;
+    let mut flags = *flags as u8;
+    // SAFETY: by the caller; the context is valid.
     unsafe {
-        (*event).time_ns = now;
-        (*event).count = number;
-        (*event).suppressed = suppressed;
-        (*event).ifindex = ifindex;
+        (*event).time_ns = *now;
+        (*event).count = *number;
+        (*event).suppressed = *suppressed;
+        (*event).ifindex = (*skb).ifindex;
         (*event).len = packet.len();
         (*event).mark = (*skb).mark;
         (*event).gso_type = state.gso_type;
@@ -171,27 +265,18 @@ fn report(skb: *mut __sk_buff, case: &Case) -> bool {
         if outcome.has_expected() {
             flags |= event_flag::EXPECTED;
         }
-        (*event).predicted = match cause.predicted {
-            Some(predicted) => {
-                flags |= event_flag::PREDICTED;
-                predicted
-            }
-            None => 0,
-        };
-        if cause.proved {
-            flags |= event_flag::PROVED;
-        }
+        (*event).predicted = *predicted as u16;
         (*event).bare_ethertype = match bare {
             Some(ethertype) => {
                 flags |= event_flag::BARE;
-                ethertype
+                *ethertype
             }
             None => 0,
         };
-        (*event).verdict = cause.verdict as u8;
+        (*event).verdict = *verdict as u8;
         (*event).state = state.state as u8;
-        (*event).role = role;
-        match conntrack {
+        (*event).role = *role;
+        match *conntrack {
             Conntrack::Entry(known) => {
                 flags |= event_flag::CONNTRACK;
                 // An assignment would be a call of memmove: see `zero`.
@@ -215,34 +300,41 @@ fn report(skb: *mut __sk_buff, case: &Case) -> bool {
             (*event).head_len = 0;
         }
     }
-    entry.submit(0);
-    if let Some(awaited) = &awaited {
-        awaited.sent();
-        return true;
-    }
+}
+
+/// An anomaly was sent.
+#[inline(always)]
+pub fn sent(tally: &Tally, counted: &Counted, flow: Option<*mut FlowCount>) {
     tally.sent();
-    // Compiled in, but dropped by the verifier unless the daemon asks for it (AYA_LOG_LEVEL is a read-only global).
-    debug!(&TcContext::new(skb), "device {}: anomaly {} of its flow, verdict {}", ifindex, number, cause.verdict as u8);
     if let Some(flow) = flow {
-        // SAFETY: as above.
+        // SAFETY: as in `count`.
         unsafe {
-            (*flow).sent_ns = now;
-            (*flow).sent_at_count = number;
+            (*flow).sent_ns = counted.now;
+            (*flow).sent_at_count = counted.number;
         }
     }
-    true
+}
+
+/// Addresses and ports of the judged packet.
+#[inline(always)]
+pub fn find_endpoints<P: Packet>(packet: &P, ip: &Ip, endpoints: &mut Endpoints) {
+    (endpoints.src, endpoints.dst) = packet::addresses(packet, ip).unwrap_or(([0; 4], [0; 4]));
+    (endpoints.sport, endpoints.dport) = (0, 0);
+    let has_ports = ip.proto == proto::UDP || ip.proto == proto::TCP;
+    if has_ports && let (Some(sport), Some(dport)) = (packet.u16(ip.l4), packet.u16(ip.l4 + 2)) {
+        (endpoints.sport, endpoints.dport) = (sport, dport);
+    }
 }
 
 /// The flow's counts, made if they are not there yet.
 #[inline(always)]
-fn flow(endpoints: &Endpoints, ifindex: u32, verdict: Verdict) -> Option<*mut FlowCount> {
-    let key = FLOW_KEY.get_ptr_mut(0)?;
-    // SAFETY: this CPU's value of the map. It is there for the sake of the stack.
-    let key = unsafe { &mut *key };
-    (key.src, key.dst) = (endpoints.src, endpoints.dst);
-    (key.sport, key.dport) = (endpoints.sport, endpoints.dport);
-    (key.ifindex, key.verdict) = (ifindex, verdict as u32);
-    let key = &*key;
+fn flow(
+    endpoints: &Endpoints,
+    ifindex: u32,
+    verdict: Verdict,
+    key: &mut MaybeUninit<FlowKey>,
+) -> Option<*mut FlowCount> {
+    let key = write_key(endpoints, ifindex, verdict as u32, key);
     if let Some(flow) = FLOWS.get_ptr_mut(key) {
         return Some(flow);
     }
@@ -250,6 +342,29 @@ fn flow(endpoints: &Endpoints, ifindex: u32, verdict: Verdict) -> Option<*mut Fl
     // Fails if another CPU was first, which is as good.
     let _ = FLOWS.insert(key, new, BPF_NOEXIST);
     FLOWS.get_ptr_mut(key)
+}
+
+#[inline(always)]
+fn write_key<'a>(endpoints: &Endpoints, ifindex: u32, verdict: u32, key: &'a mut MaybeUninit<FlowKey>) -> &'a FlowKey {
+    let to = key.as_mut_ptr();
+    // SAFETY: writable; each field is written, and there is no padding (IntoBytes is derived).
+    unsafe {
+        ((*to).src, (*to).dst) = (endpoints.src, endpoints.dst);
+        ((*to).sport, (*to).dport) = (endpoints.sport, endpoints.dport);
+        ((*to).ifindex, (*to).verdict) = (ifindex, verdict);
+        key.assume_init_ref()
+    }
+}
+
+/// The counts of the flow of a case that was counted.
+#[inline(always)]
+pub fn known_flow(
+    skb: *mut __sk_buff,
+    counted: &Counted,
+    endpoints: &Endpoints,
+    key: &mut MaybeUninit<FlowKey>,
+) -> Option<*mut FlowCount> {
+    FLOWS.get_ptr_mut(write_key(endpoints, ifindex(skb), counted.verdict, key))
 }
 
 /// Adds one, atomically among CPUs (BPF_ATOMIC | BPF_ADD, in every kernel with eBPF).

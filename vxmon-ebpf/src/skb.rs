@@ -165,7 +165,7 @@ fn forget(skb: *mut __sk_buff, number: u32) -> u32 {
 
 /// The same number, of which the verifier knows no more than of `unknown`: it is combined twice with that.
 #[inline(always)]
-fn forget_as(mut number: u64, unknown: u64) -> u64 {
+pub fn forget_as(mut number: u64, unknown: u64) -> u64 {
     #[cfg(target_arch = "bpf")]
     // SAFETY: two moves of bits in a register.
     unsafe {
@@ -292,7 +292,7 @@ impl Packet for Piece {
 
 /// Walks an IP header. A global function, which the verifier checks once for any arguments, not anew for each way through
 /// the headers before it, nor what follows for each way through these.
-#[unsafe(no_mangle)]
+#[cfg_attr(feature = "modern", unsafe(no_mangle))]
 #[inline(never)]
 pub extern "C" fn vxmon_ip(skb: *mut __sk_buff, ethertype: u32, l3: u32) -> u64 {
     Ip::pack(ip(&SkbPacket::new(skb), ethertype as u16, l3))
@@ -300,7 +300,7 @@ pub extern "C" fn vxmon_ip(skb: *mut __sk_buff, ethertype: u32, l3: u32) -> u64 
 
 /// Judges a datagram without knowing which row of the judge's table applies; see [`Datagram::pack`]. A global function, as
 /// [`vxmon_ip`] is.
-#[unsafe(no_mangle)]
+#[cfg_attr(feature = "modern", unsafe(no_mangle))]
 #[inline(never)]
 pub extern "C" fn vxmon_any(skb: *mut __sk_buff, datagram: u64, pseudo: u64, sum_payload: u32) -> u64 {
     let datagram = Datagram::unpack(datagram, Sum::from_bits(pseudo));
@@ -314,14 +314,14 @@ pub fn any_reading(skb: *mut __sk_buff, datagram: &Datagram, sum_payload: bool) 
 }
 
 /// Returned instead of a sum, and still recognised after sums were added; no sum of 64 KiB gets near it.
-const FAILED: u64 = 1 << 56;
+pub const FAILED: u64 = 1 << 56;
 /// The longest piece summed at once, on kernels that sum packet data in place.
 const LADDER_TOP: u32 = 1472;
 /// The longest piece that older kernels take (their scratchpad, `struct bpf_scratchpad` in net/core/filter.c).
 const SCRATCHPAD: u32 = 512;
 
 /// Sums `len` bytes at `at`. A global function, as [`vxmon_ip`] is.
-#[unsafe(no_mangle)]
+#[cfg_attr(feature = "modern", unsafe(no_mangle))]
 #[inline(never)]
 pub extern "C" fn vxmon_sum(skb: *mut __sk_buff, at: u32, len: u32) -> u64 {
     let packet = SkbPacket::new(skb);
@@ -335,40 +335,40 @@ pub extern "C" fn vxmon_sum(skb: *mut __sk_buff, at: u32, len: u32) -> u64 {
     let Some(tail) = sum_tail(&packet, at + (len & !63), len & 63) else {
         return FAILED;
     };
-    let mut sum = tail;
     let mut at = at;
     let mut left = len & !63;
-    if setting(|config| &config.csum_chunk) >= LADDER_TOP {
-        for _ in 0..0x1_0000 / LADDER_TOP {
-            if left < LADDER_TOP {
-                break;
-            }
-            // Not added: the verifier would follow what comes after once for each piece that failed.
-            let piece = sum_inline::<{ LADDER_TOP / 64 }>(skb, at);
-            if piece >= FAILED {
-                return FAILED;
-            }
-            sum += piece;
-            at += LADDER_TOP;
-            left -= LADDER_TOP;
-        }
+    let pieces = if setting(|config| &config.csum_chunk) >= LADDER_TOP {
+        sum_pieces::<LADDER_TOP>(skb, &mut at, &mut left)
     } else {
-        for _ in 0..0x1_0000 / SCRATCHPAD {
-            if left < SCRATCHPAD {
-                break;
-            }
-            let piece = sum_inline::<{ SCRATCHPAD / 64 }>(skb, at);
-            if piece >= FAILED {
-                return FAILED;
-            }
-            sum += piece;
-            at += SCRATCHPAD;
-            left -= SCRATCHPAD;
-        }
+        sum_pieces::<SCRATCHPAD>(skb, &mut at, &mut left)
+    };
+    if pieces >= FAILED {
+        return FAILED;
     }
+    let mut sum = tail + pieces;
     let (at, left) = (forget(skb, at), forget(skb, left));
     if left > 0 {
         sum += sum_blocks(skb, at, left >> 6);
+    }
+    sum
+}
+
+/// As many whole pieces of the linear part as there are in `left` bytes at `at`, which are moved behind them.
+#[inline(always)]
+fn sum_pieces<const PIECE: u32>(skb: *mut __sk_buff, at: &mut u32, left: &mut u32) -> u64 {
+    let mut sum = 0;
+    for _ in 0..0x1_0000 / PIECE {
+        if *left < PIECE {
+            break;
+        }
+        // Not added: the verifier would follow what comes after once for each piece that failed.
+        let piece = sum_inline::<PIECE>(skb, *at);
+        if piece >= FAILED {
+            return FAILED;
+        }
+        sum += piece;
+        *at += PIECE;
+        *left -= PIECE;
     }
     sum
 }
@@ -410,19 +410,19 @@ fn words<const N: usize>(packet: &SkbPacket, at: u32) -> Option<Sum> {
     Some(sum)
 }
 
-/// `N` blocks of 64 bytes of the linear part. Never inlined: were the arms of [`sum_blocks`] merged into one call, its
+/// `LEN` bytes of the linear part, divisible by 4. Never inlined: were the arms of [`sum_blocks`] merged into one call, its
 /// length would no longer be known to the verifier.
 #[inline(never)]
-fn sum_exactly<const N: u32>(skb: *mut __sk_buff, at: u32) -> u64 {
-    sum_inline::<N>(skb, at)
+fn sum_exactly<const LEN: u32>(skb: *mut __sk_buff, at: u32) -> u64 {
+    sum_inline::<LEN>(skb, at)
 }
 
 /// As [`sum_exactly`], where there is one length only.
 #[inline(always)]
-fn sum_inline<const N: u32>(skb: *mut __sk_buff, at: u32) -> u64 {
-    match SkbPacket::new(skb).linear(at, 64 * N) {
+fn sum_inline<const LEN: u32>(skb: *mut __sk_buff, at: u32) -> u64 {
+    match SkbPacket::new(skb).linear(at, LEN) {
         // SAFETY: within the linear part.
-        Some(data) => unsafe { csum_diff(data, 64 * N) },
+        Some(data) => unsafe { csum_diff(data, LEN) },
         None => FAILED,
     }
 }
@@ -441,7 +441,7 @@ fn sum_blocks(skb: *mut __sk_buff, at: u32, blocks: u32) -> u64 {
     macro_rules! ladder {
         ($($n:literal)*) => {
             match blocks {
-                $($n => sum_exactly::<$n>(skb, at),)*
+                $($n => sum_exactly::<{ 64 * $n }>(skb, at),)*
                 _ => FAILED,
             }
         };

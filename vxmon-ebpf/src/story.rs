@@ -4,6 +4,8 @@
 //! counted here too. Only while the daemon waits for a recovery (a flag of the device) are good packets looked up, and a
 //! connection costs at most two follow-ups for each anomaly sent: the first good SYN, and the first good other packet.
 
+use core::borrow::Borrow;
+
 use aya_ebpf::bindings::__sk_buff;
 use vxmon_common::{
     packet::{Ip, proto},
@@ -24,7 +26,7 @@ const FOUND: u64 = 1 << 8;
 
 /// Finds the connection of the packet whose judged header is `packed` (see [`Ip::pack`]) at `l3`, and leaves it in this
 /// CPU's scratch map; the TCP flags and [`FOUND`], or 0. A global function: the verifier checks it once.
-#[unsafe(no_mangle)]
+#[cfg_attr(feature = "modern", unsafe(no_mangle))]
 #[inline(never)]
 pub extern "C" fn vxmon_connection(skb: *mut __sk_buff, packed: u64, l3: u32, role: u32) -> u64 {
     let (Ok(ip), Some(found)) = (Ip::unpack(packed, l3), CONNECTION.get_ptr_mut(0)) else {
@@ -32,16 +34,30 @@ pub extern "C" fn vxmon_connection(skb: *mut __sk_buff, packed: u64, l3: u32, ro
     };
     // SAFETY: this CPU's value of the map; the context is valid.
     let flags = unsafe { connection(&SkbPacket::new(skb), &ip, role as u8, (*skb).ifindex, &mut *found) };
+    found_flags(flags)
+}
+
+/// The TCP flags and [`FOUND`], or 0 if there is no connection.
+#[inline(always)]
+#[must_use]
+pub fn found_flags(flags: Option<u8>) -> u64 {
     match flags {
         Some(flags) => FOUND | u64::from(flags),
         None => 0,
     }
 }
 
-/// The connection found last, if `flags` say so.
+/// Whether there is a connection, by what [`vxmon_connection`] returned.
 #[inline(always)]
-fn found(flags: u64) -> Option<&'static Connection> {
-    if flags & FOUND == 0 {
+#[must_use]
+pub fn is_found(flags: u64) -> bool {
+    flags & FOUND != 0
+}
+
+/// The connection that [`vxmon_connection`] found last, if `flags`, which it returned, say so.
+#[inline(always)]
+pub fn found(flags: u64) -> Option<&'static Connection> {
+    if !is_found(flags) {
         return None;
     }
     // SAFETY: this CPU's value of the map, filled by `vxmon_connection`.
@@ -71,12 +87,13 @@ impl SoFar {
 }
 
 /// Counts a bad packet of a connection that is remembered; from now on it is, if the packet `is_sent` to the daemon.
-/// `flags` is what [`vxmon_connection`] returned for the packet.
+/// The TCP flags are the low byte of `flags`.
 #[inline(always)]
-pub fn bad(flags: u64, now: u64, is_sent: bool) -> SoFar {
-    let Some(connection) = found(flags) else {
+pub fn bad<C: Borrow<Connection>>(connection: Option<C>, flags: u64, now: u64, is_sent: bool) -> SoFar {
+    let Some(connection) = connection else {
         return SoFar::UNKNOWN;
     };
+    let connection = connection.borrow();
     let story = match STORIES.get_ptr_mut(connection) {
         Some(story) => story,
         None if is_sent => {
@@ -120,8 +137,9 @@ pub struct Awaited {
 
 /// Whether a good packet, seen while the daemon waits for recoveries, is one that is waited for; `flags` as for [`bad`].
 #[inline(always)]
-pub fn awaited(flags: u64) -> Option<Awaited> {
-    let connection = found(flags)?;
+pub fn awaited<C: Borrow<Connection>>(connection: Option<C>, flags: u64) -> Option<Awaited> {
+    let connection = connection?;
+    let connection = connection.borrow();
     let story = STORIES.get_ptr_mut(connection)?;
     // SAFETY: a value of the map, as in `bad`.
     let state = unsafe { (*story).state };

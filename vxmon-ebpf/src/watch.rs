@@ -2,7 +2,7 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use vxmon_common::{
-    config::{device_flag, port_flag, slot_bits},
+    config::{Device, device_flag, port_flag, slot_bits},
     event::role,
     judge::{self, Datagram, Glance, Packed, Skb, Surroundings},
     packet::{Family, Ip, Packet},
@@ -105,7 +105,8 @@ pub fn uplink<S: Surroundings>(skb: *mut __sk_buff, surroundings: &S) -> Option<
         watched.tally.other();
         return Some(());
     };
-    if counted_above(&packet, &ip, watched.slot) {
+    // SAFETY: an entry of the table, and only read.
+    if counted_above(&packet, &ip, watched.slot, unsafe { &*maps::device(watched.slot) }) {
         watched.tally.counted_above();
         return Some(());
     }
@@ -149,9 +150,7 @@ fn settle(skb: *mut __sk_buff, watched: &Watched, ip: &Ip, outcome: Packed, role
 /// hand a packet down within one call, on one CPU, so the upper one leaves a note that the next one finds. The note goes
 /// at the lowest device, so that it cannot hide another packet.
 #[inline(always)]
-fn counted_above(packet: &SkbPacket, ip: &Ip, slot: u32) -> bool {
-    // SAFETY: an entry of the table, and only read.
-    let device = unsafe { &*maps::device(slot) };
+pub fn counted_above<P: Packet>(packet: &P, ip: &Ip, slot: u32, device: &Device) -> bool {
     let has_lower = device.flags & device_flag::HAS_LOWER != 0;
     if !has_lower && device.above[0] | device.above[1] == 0 {
         return false;
@@ -160,7 +159,15 @@ fn counted_above(packet: &SkbPacket, ip: &Ip, slot: u32) -> bool {
         Family::V4 => ip.l3 + 2,
         Family::V6 => ip.l3 + 4,
     };
-    let (Some(passed), Some(ip), Some(udp)) = (PASSED.get_ptr_mut(0), packet.u32(word), packet.u64(ip.l4)) else {
+    let Some(passed) = PASSED.get_ptr_mut(0) else {
+        return false;
+    };
+    // One after the other: see the judge's udp().
+    let l4 = ip.l4;
+    let Some(ip) = packet.u32(word) else {
+        return false;
+    };
+    let Some(udp) = packet.u64(l4) else {
         return false;
     };
     // SAFETY: this CPU's value of the map.

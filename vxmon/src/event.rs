@@ -377,7 +377,12 @@ pub struct Attached {
     /// or `none`, where any consistent reading is accepted.
     #[schemars(extend("enum" = ["skb", "packet-socket", "none"]))]
     pub metadata: &'static str,
-    /// Why it is watched by a packet socket though TC programs were preferred; null otherwise.
+    /// How a TC program hands events over: by a ring buffer, or by perf buffers, as on kernels before 5.8; null for a packet
+    /// socket.
+    #[schemars(extend("enum" = ["ringbuf", "perf", null]))]
+    pub transport: Option<&'static str>,
+    /// Why it is watched by a packet socket though TC programs were preferred, or by perf buffers though a ring buffer was;
+    /// null otherwise.
     pub fallback: Option<String>,
     /// How NAT is seen as it is set up, which is what evidence `observed` needs: by a `kprobe`; null: not, and `missing` says
     /// why.

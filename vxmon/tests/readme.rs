@@ -279,6 +279,7 @@ fn attached(value: &Value) -> Record {
         why: value["why"].as_array().unwrap().iter().map(text).collect(),
         hook: leak(&value["hook"]),
         metadata: leak(&value["metadata"]),
+        transport: value["transport"].as_str().map(|transport| &*transport.to_owned().leak()),
         fallback: value["fallback"].as_str().map(str::to_owned),
         nat_probe: value["nat_probe"].as_str().map(|probe| &*probe.to_owned().leak()),
         missing: value["missing"]

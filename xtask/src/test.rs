@@ -22,6 +22,12 @@ use crate::{
 
 /// The package whose tests need root.
 const PRIVILEGED: &str = "vxmon-tests";
+/// Those of its tests that watch traffic by TC programs, run once more with the programs for kernels before 5.8.
+const ONCE_MORE: [&str; 6] = ["attach", "coexistence", "no_false_alarm", "recall", "storm", "story"];
+/// How they are told to.
+const TRANSPORT: (&str, &str) = ("VXMON_TRANSPORT", "perf");
+/// Parts of names of tests that would do the same again: without eBPF, or without metadata.
+const NOT_AGAIN: [&str; 3] = ["by_packet_sockets", "without_btf", "by_skb"];
 
 /// Runs all tests, with `args` passed to their binaries.
 pub fn run(args: &[String]) -> Result<ExitCode> {
@@ -32,11 +38,10 @@ pub fn run(args: &[String]) -> Result<ExitCode> {
 
     let mut total = Count::default();
     let mut success = true;
-    for call in calls(&vxmon, &skip_file)? {
+    for Call { options, tests, variables } in calls(&vxmon, &skip_file)? {
         let mut command = cargo::command()?;
-        command.args(["test", "--locked", "--no-fail-fast"]).args(call).arg("--").args(args);
-        // Where the tests find the daemon, and note those that cannot run on this machine.
-        command.env("VXMON_BIN", &vxmon).env("VXMON_SKIP_FILE", &skip_file);
+        command.args(["test", "--locked", "--no-fail-fast"]).args(options).arg("--").args(args).args(tests);
+        command.envs(variables);
         let mut count = Count::default();
         let status = proc::run_lines(&mut command, |line| {
             println!("{line}");
@@ -77,31 +82,50 @@ fn guests(vxmon: &Path) -> Result<Count> {
     vm::quick(vxmon)
 }
 
-/// The arguments of each call of `cargo test`: one if this is root, else one more for the tests that need root.
-fn calls(vxmon: &Path, skip_file: &Path) -> Result<Vec<Vec<String>>> {
+/// A call of `cargo test`.
+struct Call {
+    /// Its options.
+    options: Vec<String>,
+    /// Options of the test binaries.
+    tests: Vec<String>,
+    /// Where the tests find the daemon, where they note those that cannot run on this machine, and what the daemon is told.
+    variables: Vec<(&'static str, String)>,
+}
+
+/// The calls: all tests, if this is root, else those that need root apart; and some once more in another way.
+fn calls(vxmon: &Path, skip_file: &Path) -> Result<Vec<Call>> {
+    let variables =
+        vec![("VXMON_BIN", vxmon.display().to_string()), ("VXMON_SKIP_FILE", skip_file.display().to_string())];
+    let with_transport = [&variables[..], &[(TRANSPORT.0, TRANSPORT.1.to_owned())]].concat();
+    let again: Vec<String> = std::iter::once(format!("--package={PRIVILEGED}"))
+        .chain(ONCE_MORE.iter().map(|binary| format!("--test={binary}")))
+        .collect();
+    let skips: Vec<String> = NOT_AGAIN.iter().flat_map(|part| ["--skip".to_owned(), (*part).to_owned()]).collect();
     let everything = ["--workspace", "--exclude=vxmon-ebpf"].map(str::to_owned).to_vec();
     if Uid::effective().is_root() {
-        return Ok(vec![everything]);
+        return Ok(vec![
+            Call { options: everything, tests: Vec::new(), variables },
+            Call { options: again, tests: skips, variables: with_transport },
+        ]);
     }
     if proc::output(Command::new("sudo").arg("--version")).is_none() {
         bail!("not root, and there is no sudo: the tests of network namespaces need one of them");
     }
     let unprivileged = [everything, vec![format!("--exclude={PRIVILEGED}")]].concat();
-    // sudo may refuse to keep the environment, but not a command that sets it.
-    let runner = serde_json::to_string(&[
-        "sudo",
-        "env",
-        &format!("PATH={}", std::env::var("PATH")?),
-        &format!("VXMON_BIN={}", vxmon.display()),
-        &format!("VXMON_SKIP_FILE={}", skip_file.display()),
-    ])?;
-    let privileged = vec![
-        format!("--package={PRIVILEGED}"),
-        "--config".to_owned(),
+    let privileged = |mut options: Vec<String>, tests, variables: Vec<(&'static str, String)>| -> Result<Call> {
+        // sudo may refuse to keep the environment, but not a command that sets it.
+        let mut runner = vec!["sudo".to_owned(), "env".to_owned(), format!("PATH={}", std::env::var("PATH")?)];
+        runner.extend(variables.iter().map(|(name, value)| format!("{name}={value}")));
+        options.push("--config".to_owned());
         // A JSON array of strings is a TOML one as well.
-        format!("target.'cfg(target_os = \"linux\")'.runner = {runner}"),
-    ];
-    Ok(vec![unprivileged, privileged])
+        options.push(format!("target.'cfg(target_os = \"linux\")'.runner = {}", serde_json::to_string(&runner)?));
+        Ok(Call { options, tests, variables })
+    };
+    Ok(vec![
+        Call { options: unprivileged, tests: Vec::new(), variables: variables.clone() },
+        privileged(vec![format!("--package={PRIVILEGED}")], Vec::new(), variables)?,
+        privileged(again, skips, with_transport)?,
+    ])
 }
 
 /// How many tests ended how.

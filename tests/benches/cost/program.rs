@@ -19,7 +19,7 @@ use vxmon::source::{
     tc::Table as Bytes,
 };
 use vxmon_common::{
-    config::{self, Config, Device, Devices, device_flag, port_flag, skb_access},
+    config::{self, Config, Device, Devices, device_flag, legacy, port_flag, skb_access},
     judge::{self, Finding, Outcome, Skb, State, Surroundings},
     packet::Bytes as PacketBytes,
 };
@@ -57,6 +57,8 @@ enum Variant {
     Copied,
     /// Everything; and some connection's recovery is waited for, so that each good packet is looked up.
     Following,
+    /// What kernels before 5.8 have: the object for these.
+    Legacy,
 }
 
 struct Case {
@@ -74,6 +76,7 @@ fn costs(table: &mut Table) -> Result<()> {
     let chunks = load(&layout, Config { csum_chunk: 512, ..layout.config }, 0)?;
     let copied = load(&layout, Config { csum_chunk: 4096, has_skb: skb_access::COPY, ..layout.config }, 0)?;
     let following = load(&layout, Config { csum_chunk: 4096, ..layout.config }, device_flag::FOLLOW)?;
+    let legacy = load_legacy()?;
     let (cases, small) = (cases(), vxlan(18, OuterSum::Right));
 
     let mut empty = Vec::new();
@@ -86,6 +89,7 @@ fn costs(table: &mut Table) -> Result<()> {
                 Variant::Chunks => &chunks,
                 Variant::Copied => &copied,
                 Variant::Following => &following,
+                Variant::Legacy => &legacy,
             };
             let time = run(object, case.program, &case.packet, case.cb)?;
             // The first one warms up.
@@ -117,13 +121,22 @@ fn cases() -> Vec<Case> {
         cb: [0; 5],
     };
     let mtu = || vxlan(1500 - 78, OuterSum::Right);
-    let mut tcp = vxlan(18, OuterSum::Right);
-    tcp[14 + 9] = 6;
+    let legacy = |what, packet| Case {
+        program: config::UPLINK_PROGRAM,
+        object: Variant::Legacy,
+        limit: Limit::None,
+        ..whole(what, 0.0, packet)
+    };
+    let tcp = || {
+        let mut tcp = vxlan(18, OuterSum::Right);
+        tcp[14 + 9] = 6;
+        tcp
+    };
     let mut arp = vec![0; 60];
     arp[12..14].copy_from_slice(&[0x08, 0x06]);
     let dns = Frame { dport: 53, ..Frame::default() }.bytes();
     vec![
-        whole("other traffic: TCP", 5.0, tcp),
+        whole("other traffic: TCP", 5.0, tcp()),
         whole("other traffic: ARP", 5.0, arp),
         whole("other traffic: UDP to another port", 5.0, dns),
         whole("header only: no checksum (zero)", 25.0, vxlan(1500 - 78, OuterSum::Zero)),
@@ -152,6 +165,10 @@ fn cases() -> Vec<Case> {
             object: Variant::Chunks,
             ..whole("full sum of 1500 bytes, as before 6.13 (512 at a time)", 80.0, mtu())
         },
+        legacy("before 5.8: other traffic: TCP", tcp()),
+        legacy("before 5.8: no checksum (zero)", vxlan(1500 - 78, OuterSum::Zero)),
+        legacy("before 5.8: Local Checksum Offload", lco()),
+        legacy("before 5.8: full sum of 1500 bytes", mtu()),
     ]
 }
 
@@ -195,17 +212,29 @@ fn load(layout: &Layout, config: Config, flags: u32) -> Result<Ebpf> {
     for name in ["empty", "whole_uplink", "whole_uplink_told"] {
         program(&mut ebpf, name)?.load().with_context(|| format!("the kernel refused {name}"))?;
     }
+    fill(&mut ebpf, flags, [config::SLOTS_MAP, config::PORTS_MAP, config::DEVICES_MAP])?;
+    Ok(ebpf)
+}
+
+fn load_legacy() -> Result<Ebpf> {
+    let mut ebpf = vxmon::source::tc::legacy_object()?;
+    fill(&mut ebpf, 0, [legacy::SLOTS_MAP, legacy::PORTS_MAP, legacy::DEVICES_MAP])?;
+    Ok(ebpf)
+}
+
+/// Has loopback be a watched uplink.
+fn fill(ebpf: &mut Ebpf, flags: u32, [slots_map, ports_map, devices_map]: [&str; 3]) -> Result<()> {
     let mut slots = Box::new(Bytes([0; 1 << 16]));
     slots.0[LOOPBACK as usize] = 1;
-    Array::<_, Bytes>::try_from(ebpf.map_mut(config::SLOTS_MAP).context("no slots")?)?.set(0, *slots, 0)?;
+    Array::<_, Bytes>::try_from(ebpf.map_mut(slots_map).context("no slots")?)?.set(0, *slots, 0)?;
     let mut ports = Box::new(Bytes([0; 1 << 16]));
     ports.0[usize::from(PORT.to_be())] = port_flag::TUNNEL;
-    Array::<_, Bytes>::try_from(ebpf.map_mut(config::PORTS_MAP).context("no ports")?)?.set(0, *ports, 0)?;
+    Array::<_, Bytes>::try_from(ebpf.map_mut(ports_map).context("no ports")?)?.set(0, *ports, 0)?;
     let device = Device { ifindex: LOOPBACK, flags, ..Device::default() };
     let mut devices = Devices([Device::default(); config::SLOTS as usize]);
     devices.0[1] = device;
-    Array::<_, Devices>::try_from(ebpf.map_mut(config::DEVICES_MAP).context("no devices")?)?.set(0, devices, 0)?;
-    Ok(ebpf)
+    Array::<_, Devices>::try_from(ebpf.map_mut(devices_map).context("no devices")?)?.set(0, devices, 0)?;
+    Ok(())
 }
 
 fn program<'ebpf>(ebpf: &'ebpf mut Ebpf, name: &str) -> Result<&'ebpf mut SchedClassifier> {
@@ -248,17 +277,25 @@ fn loading(table: &mut Table) -> Result<()> {
         let start = Instant::now();
         program(&mut ebpf, name)?.load().with_context(|| format!("the kernel refused {name}"))?;
         let took = ms(start);
-        let info = program(&mut ebpf, name)?.info()?;
-        let verified = info.verified_instruction_count().unwrap_or(0);
-        table.line(
-            &format!("{name}: verified and compiled"),
-            took,
-            "ms",
-            &format!("{verified} insns verified"),
-            Limit::None,
-        );
+        let verified = format!("{} insns verified", verified(&mut ebpf, name)?);
+        table.line(&format!("{name}: verified and compiled"), took, "ms", &verified, Limit::None);
     }
+    let start = Instant::now();
+    let mut ebpf = vxmon::source::tc::legacy_object()?;
+    let took = ms(start);
+    let mut counts = Vec::new();
+    for name in [config::UPLINK_PROGRAM, config::VXLAN_PROGRAM].into_iter().chain(legacy::STAGES) {
+        counts.push(verified(&mut ebpf, name)?);
+    }
+    let most = counts.iter().max().copied().unwrap_or(0);
+    let verified = format!("{} insns verified, {most} in one", counts.iter().sum::<u32>());
+    table.line("the object for kernels before 5.8, whole", took, "ms", &verified, Limit::None);
     Ok(())
+}
+
+/// Instructions that the verifier followed; 0 where the kernel does not tell.
+fn verified(ebpf: &mut Ebpf, name: &str) -> Result<u32> {
+    Ok(program(ebpf, name)?.info()?.verified_instruction_count().unwrap_or(0))
 }
 
 fn ms(since: Instant) -> f64 {

@@ -19,7 +19,7 @@ use crate::{
     monitor::{self, Settings},
     sink::{Color, Explain, Format, Paint},
     source::{
-        start::{Choice, Kind},
+        start::{Choice, Kind, Transport},
         tc::Hook,
     },
 };
@@ -69,6 +69,10 @@ pub struct Args {
     /// How to attach: tcx links (Linux 6.6), or filters in the clsact qdisc.
     #[arg(long, env = "VXMON_HOOK", value_enum, default_value_t = HookArg::Auto)]
     hook: HookArg,
+    /// How TC programs hand events over: by a ring buffer (Linux 5.8), or by the programs for older kernels, through perf
+    /// buffers and without the skb's metadata.
+    #[arg(long, env = "VXMON_TRANSPORT", value_enum, default_value_t = TransportArg::Auto)]
+    transport: TransportArg,
     #[command(flatten)]
     listen: listen::Args,
     /// Where to take conntrack entries from.
@@ -77,6 +81,9 @@ pub struct Args {
     /// Do as if the kernel had no BTF: judge without the skb's metadata.
     #[arg(long, hide = true)]
     no_btf: bool,
+    /// Do as if the kernel had no eBPF ring buffer.
+    #[arg(long, hide = true)]
+    no_ring_buffer: bool,
     /// Do as if the kernel had no kprobes: NAT is not seen as it is set up.
     #[arg(long, hide = true)]
     no_nat_probe: bool,
@@ -103,6 +110,16 @@ enum HookArg {
     Tcx,
     /// The clsact qdisc.
     Clsact,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum TransportArg {
+    /// A ring buffer if the kernel has it, else perf buffers.
+    Auto,
+    /// A ring buffer.
+    Ringbuf,
+    /// Perf buffers.
+    Perf,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -160,8 +177,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
                 HookArg::Tcx => Hook::Tcx,
                 HookArg::Clsact => Hook::Clsact,
             },
+            transport: match args.transport {
+                TransportArg::Auto => Transport::Auto,
+                TransportArg::Ringbuf => Transport::RingBuffer,
+                TransportArg::Perf => Transport::Perf,
+            },
             sample: args.sample,
             btf: !args.no_btf,
+            ring_buffer: !args.no_ring_buffer,
             packet_ring: !args.no_packet_ring,
             skb_conntrack: !matches!(args.conntrack, ConntrackArg::Netlink),
         },

@@ -14,9 +14,10 @@ pub fn render(record: &Record, paint: Paint) -> String {
         Record::Anomaly(anomaly) => self::anomaly(anomaly, paint),
         Record::Recovered(ending) => self::ending(&paint.good("recovered"), ending),
         Record::NotRecovered(ending) => self::ending(&paint.warn("not-recovered"), ending),
-        Record::Attached(Attached { ts, dev, role, why, hook, metadata, .. }) => {
+        Record::Attached(Attached { ts, dev, role, why, hook, metadata, transport, .. }) => {
+            let by = if *transport == Some("perf") { " and perf buffers" } else { "" };
             let blind = if *metadata == "none" { ", without skb metadata" } else { "" };
-            format!("{} {dev} watched as {role} ({}; by {hook}{blind})", time(ts), why.join(", "))
+            format!("{} {dev} watched as {role} ({}; by {hook}{by}{blind})", time(ts), why.join(", "))
         }
         Record::Detached(Detached { ts, dev, why, .. }) => format!("{} {dev} no longer watched: {why}", time(ts)),
         Record::Lost(lost) => self::lost(lost),

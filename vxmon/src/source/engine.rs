@@ -23,6 +23,11 @@ pub trait Engine {
     /// Where the checksum's state is known from, as `attached` names it.
     fn metadata(&self) -> &'static str;
 
+    /// How TC programs hand events over, as `attached` names it.
+    fn transport(&self) -> Option<&'static str> {
+        None
+    }
+
     /// The capabilities without which devices can no longer be attached to and detached from; all others are given up
     /// before the first is attached to.
     fn keeps(&self) -> Vec<Capability>;

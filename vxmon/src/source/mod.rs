@@ -4,11 +4,13 @@
 //! engine         what the daemon asks of any of them
 //! start          which engine it is to be, and its start
 //! events         the stream of events, whatever carries it
+//! perf           events by perf buffers, for kernels without the ring buffer
 //! tc             the TC egress programs: loading, attaching, counters, events
 //! packet_socket  the engine without eBPF, on packet sockets
 //! userspace      the judge and its counting, for sources outside the kernel
 //! capture        packets of capture files
 //! nat_probe      NAT as it is set up: the probes on it and what they noted
+//! probe          what the running kernel can do, by trying
 //! object         the eBPF objects, embedded
 //! clsact         what stays in the kernel when a process is killed, and how it is found again
 //! btf            offsets in the running kernel's structures
@@ -23,6 +25,8 @@ pub mod events;
 pub mod nat_probe;
 pub mod object;
 pub mod packet_socket;
+mod perf;
+mod probe;
 pub mod start;
 pub mod stats;
 pub mod tc;

@@ -6,8 +6,14 @@ use zerocopy::IntoBytes as _;
 /// The object that the daemon loads.
 pub static MAIN: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/vxmon"));
 
+/// The object for kernels before 5.8, in stages: see [`vxmon_common::config::legacy`].
+pub static LEGACY: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/vxmon-legacy"));
+
 /// The object that sees NAT being set up.
 pub static NAT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/vxmon-nat"));
+
+/// The object that tries what the kernel can do.
+pub static PROBE: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/vxmon-probe"));
 
 /// The same judge with the skb's metadata handed in, for tests and benchmarks. Not used by the daemon, and so not in its
 /// binary.
@@ -16,7 +22,8 @@ pub static TEST: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/
 
 /// Every object that the daemon may load, by the name of the program it is built from: for tests that count.
 #[doc(hidden)]
-pub static ALL: [(&str, &[u8]); 2] = [("vxmon", MAIN), ("vxmon-nat", NAT)];
+pub static ALL: [(&str, &[u8]); 4] =
+    [("vxmon", MAIN), ("vxmon-legacy", LEGACY), ("vxmon-probe", PROBE), ("vxmon-nat", NAT)];
 
 /// `BPF_JMP | BPF_CALL` (include/uapi/linux/bpf.h).
 const CALL: u8 = 0x85;

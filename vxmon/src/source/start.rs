@@ -1,6 +1,7 @@
 //! Which engine it is to be, and its start: what was asked for, or the best that this kernel and these privileges allow.
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
+use aya::{maps::MapType, sys::is_map_supported};
 use vxmon_common::config::skb_access;
 
 use super::{
@@ -8,6 +9,7 @@ use super::{
     clsact,
     engine::Engine,
     packet_socket::PacketSocket,
+    probe,
     tc::{Hook, Tc},
 };
 
@@ -22,6 +24,17 @@ pub enum Kind {
     PacketSocket,
 }
 
+/// How TC programs hand events over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// By a ring buffer; by perf events where that, or something else that comes with it, cannot be had.
+    Auto,
+    /// By a ring buffer.
+    RingBuffer,
+    /// By perf events.
+    Perf,
+}
+
 /// How to watch.
 #[derive(Clone, Debug)]
 pub struct Choice {
@@ -31,12 +44,16 @@ pub struct Choice {
     pub no_tc: Option<String>,
     /// How TC programs are attached.
     pub hook: Hook,
+    /// How TC programs hand events over.
+    pub transport: Transport,
     /// Sum the payload of one in so many packets.
     pub sample: u32,
     /// Whether to use the kernel's BTF.
     pub btf: bool,
     /// Whether to read the skb's conntrack entry, where that is possible.
     pub skb_conntrack: bool,
+    /// Whether to use a ring buffer, where the kernel has it.
+    pub ring_buffer: bool,
     /// Whether packet sockets may have a ring.
     pub packet_ring: bool,
 }
@@ -54,10 +71,10 @@ pub fn start(choice: &Choice, say: &dyn Fn(&str)) -> Result<Started> {
     let asked_for = |engine| Started { engine, fallback: None };
     let why = match (&choice.kind, &choice.no_tc) {
         (Kind::PacketSocket, _) => return packet_socket(choice).map(asked_for),
-        (Kind::Tc, _) => return tc(choice, say).map(asked_for),
+        (Kind::Tc, _) => return tc(choice, say),
         (Kind::Auto, Some(why)) => why.clone(),
         (Kind::Auto, None) => match tc(choice, say) {
-            Ok(engine) => return Ok(asked_for(engine)),
+            Ok(started) => return Ok(started),
             Err(error) => format!("{error:#}"),
         },
     };
@@ -75,15 +92,43 @@ fn packet_socket(choice: &Choice) -> Result<Box<dyn Engine>> {
     Ok(Box::new(PacketSocket::start(choice.sample, choice.packet_ring)?))
 }
 
-fn tc(choice: &Choice, say: &dyn Fn(&str)) -> Result<Box<dyn Engine>> {
+fn tc(choice: &Choice, say: &dyn Fn(&str)) -> Result<Started> {
+    for device in clsact::remove_leftovers()? {
+        say(&format!("vxmon: removed from {device} what a vxmon that was killed had left there"));
+    }
+    let why = match choice.transport {
+        Transport::RingBuffer => return by_ring_buffer(choice, say).map(|engine| Started { engine, fallback: None }),
+        Transport::Perf => return by_perf(choice, say).map(|engine| Started { engine, fallback: None }),
+        Transport::Auto => match by_ring_buffer(choice, say) {
+            Ok(engine) => return Ok(Started { engine, fallback: None }),
+            Err(error) => format!("{error:#}"),
+        },
+    };
+    say(&format!("vxmon: events come by perf buffers, since they cannot come by a ring buffer: {why}"));
+    let engine = by_perf(choice, say).with_context(|| format!("{why}; and by perf buffers"))?;
+    Ok(Started { engine, fallback: Some(why) })
+}
+
+/// The programs for kernels before 5.8.
+fn by_perf(choice: &Choice, say: &dyn Fn(&str)) -> Result<Box<dyn Engine>> {
+    let tc = Tc::load_legacy(choice.sample, choice.hook).with_context(|| kernel_needs("4.14"))?;
+    say(
+        "vxmon: without the skb's metadata (these programs cannot read it), so any checksum that is right by some reading is \
+         accepted; conntrack entries are looked up by netlink",
+    );
+    Ok(Box::new(tc))
+}
+
+fn by_ring_buffer(choice: &Choice, say: &dyn Fn(&str)) -> Result<Box<dyn Engine>> {
+    // Tried, since the kernel's version does not tell what a distribution has added.
+    if !choice.ring_buffer || matches!(is_map_supported(MapType::RingBuf), Ok(false)) {
+        bail!("this kernel has no eBPF ring buffer (Linux 5.8)");
+    }
     let mut layout = if choice.btf { Layout::detect() } else { Layout::without("not used, as asked for") };
     layout.config.sample = choice.sample;
     layout.config.csum_chunk = csum_chunk();
     if !choice.skb_conntrack {
         layout.config.has_conntrack = 0;
-    }
-    for device in clsact::remove_leftovers()? {
-        say(&format!("vxmon: removed from {device} what a vxmon that was killed had left there"));
     }
     let can_read = layout.config.has_skb + layout.config.has_conntrack;
     let tc = load(&mut layout, choice.hook, say)?;
@@ -113,31 +158,36 @@ fn load(layout: &mut Layout, hook: Hook, say: &dyn Fn(&str)) -> Result<Tc> {
         return load(layout, hook, say);
     }
     if layout.config.has_skb == skb_access::NONE && layout.config.has_conntrack == 0 {
-        return Err(error).with_context(kernel_needs);
+        return Err(error).with_context(|| kernel_needs("5.8"));
     }
     // Reading kernel memory may be forbidden (lockdown) where the rest is not.
     layout.config.has_skb = skb_access::NONE;
     layout.config.has_conntrack = 0;
-    let tc = Tc::load(layout, hook).with_context(kernel_needs)?;
+    let tc = Tc::load(layout, hook).with_context(|| kernel_needs("5.8"))?;
     say(&format!("vxmon: without the skb's metadata and conntrack entry: {error}"));
     Ok(tc)
 }
 
 /// Bytes that `bpf_csum_diff()` takes at once: since 6.13 it sums in place (net/core/filter.c, "bpf_csum_diff: optimize"),
-/// before that by way of a scratchpad of 512 bytes.
+/// before that by way of a scratchpad of 512 bytes. Found out by a program that tries it, since a distribution may have taken
+/// over the one without the version number. Where it cannot be tried (before 4.12, or with test runs refused), the smaller one,
+/// which is right everywhere.
 pub fn csum_chunk() -> u32 {
-    if aya::util::KernelVersion::current().is_ok_and(|version| version >= aya::util::KernelVersion::new(6, 13, 0)) {
-        4096
-    } else {
-        512
+    match probe::sums_at_once() {
+        Ok(true) => 4096,
+        Ok(false) => 512,
+        Err(error) => {
+            log::debug!("how much bpf_csum_diff() takes at once is not known: {error}");
+            512
+        }
     }
 }
 
-fn kernel_needs() -> String {
+fn kernel_needs(version: &str) -> String {
     let release = nix::sys::utsname::uname().map(|uname| uname.release().to_string_lossy().into_owned());
     format!(
-        "cannot watch by TC programs on this kernel ({}), which need Linux 5.8 or later with CONFIG_BPF_SYSCALL and \
-         CONFIG_NET_CLS_BPF, and no lockdown",
+        "cannot watch by these TC programs on this kernel ({}); they need Linux {version} or later with CONFIG_BPF_SYSCALL \
+         and CONFIG_NET_CLS_BPF, and no lockdown",
         release.unwrap_or_else(|_| "unknown release".to_owned())
     )
 }

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, thread, time::Duration};
 
 use aya::{
     Ebpf, EbpfLoader, Pod, VerifierLogLevel,
-    maps::{Array, MapData, MapError, PerCpuArray, RingBuf},
+    maps::{Array, MapData, MapError, PerCpuArray, PerfEventArray, ProgramArray, RingBuf},
     programs::{
         LinkOrder, ProgramError, SchedClassifier, TcAttachType,
         tc::{NlOptions, SchedClassifierLinkId, TcAttachOptions},
@@ -15,8 +15,9 @@ use aya::{
     util::KernelVersion,
 };
 use aya_log::EbpfLogger;
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use vxmon_common::{
-    config::{self, Device, Devices, device_flag, port_flag, skb_access, slot_bits},
+    config::{self, Device, Devices, device_flag, legacy, port_flag, skb_access, slot_bits},
     counters::Counters,
 };
 
@@ -109,6 +110,49 @@ impl Attachment {
     }
 }
 
+/// Which of the two objects it is, and so how events come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// The one with a ring buffer and globals.
+    RingBuffer,
+    /// The one for kernels before 5.8: [`legacy`].
+    Perf,
+}
+
+impl Transport {
+    /// Name in events.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::RingBuffer => "ringbuf",
+            Self::Perf => "perf",
+        }
+    }
+
+    /// Map of the UDP ports.
+    fn ports(self) -> &'static str {
+        match self {
+            Self::RingBuffer => config::PORTS_MAP,
+            Self::Perf => legacy::PORTS_MAP,
+        }
+    }
+
+    /// Map from interface index to slot.
+    fn slots(self) -> &'static str {
+        match self {
+            Self::RingBuffer => config::SLOTS_MAP,
+            Self::Perf => legacy::SLOTS_MAP,
+        }
+    }
+
+    /// Map of the devices.
+    fn devices(self) -> &'static str {
+        match self {
+            Self::RingBuffer => config::DEVICES_MAP,
+            Self::Perf => legacy::DEVICES_MAP,
+        }
+    }
+}
+
 /// The last priority tried for a filter in the clsact qdisc.
 const LAST_PRIORITY: u16 = 16;
 
@@ -133,6 +177,7 @@ pub struct Tc {
     ebpf: Ebpf,
     log: Option<EbpfLogger<&'static dyn log::Log>>,
     hook: Hook,
+    transport: Transport,
     instance: Option<clsact::Instance>,
     slots: BTreeMap<u32, Slot>,
     ports: BTreeMap<u16, bool>,
@@ -155,7 +200,29 @@ fn refused(what: &str, error: &dyn std::error::Error) -> TcError {
         .lines()
         .rfind(|line| line.contains("invalid") || line.contains("unknown"))
         .map_or_else(|| first_line.clone(), |verifier| format!("{first_line} ({})", verifier.trim()));
+    let reason = match memlock(&reason) {
+        Some(why) => format!("{reason}: {why}"),
+        None => reason,
+    };
     TcError::Refused { what: what.to_owned(), reason }
+}
+
+/// What is behind a refusal, if the kernel still charges maps to RLIMIT_MEMLOCK, which the loader raises if it may.
+fn memlock(reason: &str) -> Option<String> {
+    // Only the words hang on the version.
+    let charges = KernelVersion::current().is_ok_and(|version| version < KernelVersion::new(5, 11, 0));
+    let (limit, _) = getrlimit(Resource::RLIMIT_MEMLOCK).ok()?;
+    memlock_is_why(reason, charges, limit, sandbox::has(Capability::CAP_SYS_RESOURCE))
+}
+
+fn memlock_is_why(reason: &str, charges: bool, limit: u64, may_raise: bool) -> Option<String> {
+    let refused = reason.contains("Operation not permitted");
+    (refused && charges && !may_raise && limit != RLIM_INFINITY).then(|| {
+        format!(
+            "maps are charged to RLIMIT_MEMLOCK here, which is {} KiB, and CAP_SYS_RESOURCE to raise it is missing",
+            limit >> 10
+        )
+    })
 }
 
 /// The capability without which maps can no longer be used, if there is one. Where kernel.unprivileged_bpf_disabled is set,
@@ -188,16 +255,31 @@ impl Tc {
             None
         };
         let metadata = if layout.config.has_skb != skb_access::NONE { "skb" } else { "none" };
-        Ok(Self {
+        let mut tc = Self::of(ebpf, hook, Transport::RingBuffer);
+        (tc.log, tc.metadata) = (log, metadata);
+        Ok(tc)
+    }
+
+    /// Loads the programs for kernels before 5.8; of one packet in `sample` the payload is summed.
+    pub fn load_legacy(sample: u32, hook: Hook) -> Result<Self, TcError> {
+        let mut tc = Self::of(legacy_object()?, hook, Transport::Perf);
+        let failed = |source| TcError::Map { map: legacy::SAMPLE_MAP, source };
+        tc.array::<u32>(legacy::SAMPLE_MAP)?.set(0, sample, 0).map_err(failed)?;
+        Ok(tc)
+    }
+
+    fn of(ebpf: Ebpf, hook: Hook, transport: Transport) -> Self {
+        Self {
             ebpf,
-            log,
+            log: None,
             hook,
+            transport,
             instance: None,
             slots: BTreeMap::new(),
             ports: BTreeMap::new(),
             awaiting: Awaiting::default(),
-            metadata,
-        })
+            metadata: "none",
+        }
     }
 
     fn array<T: Pod>(&mut self, name: &'static str) -> Result<Array<&mut MapData, T>, TcError> {
@@ -281,8 +363,8 @@ impl Tc {
             let bare = if watch.l2 { 0 } else { slot_bits::BARE };
             table.0[usize::from(watch.ifindex as u16)] = *slot as u8 | bare;
         }
-        let failed = |source| TcError::Map { map: config::SLOTS_MAP, source };
-        self.array::<Table>(config::SLOTS_MAP)?.set(0, *table, 0).map_err(failed)
+        let map = self.transport.slots();
+        self.array::<Table>(map)?.set(0, *table, 0).map_err(|source| TcError::Map { map, source })
     }
 
     /// Writes what the kernel program knows of each device.
@@ -305,14 +387,18 @@ impl Tc {
                 *device = Device { ifindex: watch.ifindex, flags, above };
             }
         }
-        let failed = |source| TcError::Map { map: config::DEVICES_MAP, source };
-        self.array::<Devices>(config::DEVICES_MAP)?.set(0, devices, 0).map_err(failed)
+        let map = self.transport.devices();
+        self.array::<Devices>(map)?.set(0, devices, 0).map_err(|source| TcError::Map { map, source })
     }
 }
 
 impl Engine for Tc {
     fn metadata(&self) -> &'static str {
         self.metadata
+    }
+
+    fn transport(&self) -> Option<&'static str> {
+        Some(self.transport.as_str())
     }
 
     fn keeps(&self) -> Vec<Capability> {
@@ -323,9 +409,17 @@ impl Engine for Tc {
     }
 
     fn events(&mut self) -> Result<Events, EngineError> {
-        let map = self.ebpf.take_map(config::EVENTS_MAP).ok_or_else(|| missing(config::EVENTS_MAP))?;
-        let ring = RingBuf::try_from(map).map_err(|source| TcError::Map { map: config::EVENTS_MAP, source })?;
-        Ok(Events::of_ring(ring).map_err(TcError::Events)?)
+        let name = match self.transport {
+            Transport::RingBuffer => config::EVENTS_MAP,
+            Transport::Perf => legacy::EVENTS_MAP,
+        };
+        let map = self.ebpf.take_map(name).ok_or_else(|| missing(name))?;
+        let failed = |source| TcError::Map { map: name, source };
+        Ok(match self.transport {
+            Transport::RingBuffer => Events::of_ring(RingBuf::try_from(map).map_err(failed)?),
+            Transport::Perf => Events::of_perf(PerfEventArray::try_from(map).map_err(failed)?),
+        }
+        .map_err(TcError::Events)?)
     }
 
     fn set_ports(&mut self, ports: &BTreeMap<u16, bool>) -> Result<(), EngineError> {
@@ -337,9 +431,8 @@ impl Engine for Tc {
             let flags = port_flag::TUNNEL | if *no_zero_ipv6 { port_flag::NO_ZERO_IPV6 } else { 0 };
             table.0[usize::from(port.to_be())] = flags;
         }
-        self.array::<Table>(config::PORTS_MAP)?
-            .set(0, *table, 0)
-            .map_err(|source| TcError::Map { map: config::PORTS_MAP, source })?;
+        let map = self.transport.ports();
+        self.array::<Table>(map)?.set(0, *table, 0).map_err(|source| TcError::Map { map, source })?;
         self.ports = ports.clone();
         Ok(())
     }
@@ -450,6 +543,31 @@ impl Drop for Tc {
     }
 }
 
+/// The object for kernels before 5.8, its programs loaded and its stages in their places, with nothing in its tables.
+#[doc(hidden)]
+pub fn legacy_object() -> Result<Ebpf, TcError> {
+    let mut ebpf = EbpfLoader::new()
+        .btf(None)
+        .verifier_log_level(VerifierLogLevel::STATS)
+        .load(object::LEGACY)
+        .map_err(|error| refused("object", &error))?;
+    load_programs(&mut ebpf)?;
+    let mut programs = Vec::new();
+    for name in legacy::STAGES {
+        let fd = program(&mut ebpf, name)?.fd().and_then(|fd| Ok(fd.try_clone()?));
+        programs.push(fd.map_err(|error| refused(&format!("program {name}"), &error))?);
+    }
+    // The map stays in the object: the kernel empties it when its last descriptor is closed (prog_array_map_clear(),
+    // kernel/bpf/arraymap.c).
+    let map = ebpf.map_mut(legacy::STAGES_MAP).ok_or_else(|| missing(legacy::STAGES_MAP))?;
+    let failed = |source| TcError::Map { map: legacy::STAGES_MAP, source };
+    let mut stages = ProgramArray::try_from(map).map_err(failed)?;
+    for (index, program) in (0..).zip(&programs) {
+        stages.set(index, program, 0).map_err(failed)?;
+    }
+    Ok(ebpf)
+}
+
 /// Loads all programs at once: the verifier takes most of the time until vxmon watches, and works for each on a CPU of its
 /// own (`bpf_check()` in kernel/bpf/verifier.c takes its lock only without CAP_BPF).
 fn load_programs(ebpf: &mut Ebpf) -> Result<(), TcError> {
@@ -476,4 +594,24 @@ fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier
     let not_there = || TcError::Refused { what: format!("program {name}"), reason: "it is not in the object".into() };
     let program = ebpf.program_mut(name).ok_or_else(not_there)?;
     program.try_into().map_err(|error: ProgramError| refused(&format!("program {name}"), &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_of_locked_memory_is_named_where_it_is_the_reason() {
+        let reason = "failed to create map `FLOWS`: Operation not permitted (os error 1)";
+        let why = memlock_is_why(reason, true, 64 << 10, false);
+        assert!(why.is_some_and(|why| why.contains("is 64 KiB") && why.contains("CAP_SYS_RESOURCE")));
+        for (reason, charges, limit, may_raise) in [
+            (reason, false, 64 << 10, false),
+            (reason, true, RLIM_INFINITY, false),
+            (reason, true, 64 << 10, true),
+            ("Invalid argument (os error 22)", true, 64 << 10, false),
+        ] {
+            assert_eq!(memlock_is_why(reason, charges, limit, may_raise), None);
+        }
+    }
 }

@@ -67,6 +67,9 @@ pub struct Options {
     /// Have vxmon watch by this engine: tc or packet-socket
     #[arg(long)]
     engine: Option<String>,
+    /// Have vxmon's TC programs hand events over this way: ringbuf or perf
+    #[arg(long)]
+    transport: Option<String>,
     /// What runs the guests' instructions
     #[arg(long, value_enum, default_value = "auto")]
     accel: Accel,

@@ -95,9 +95,10 @@ pub fn runs(options: &Options, kernels: Vec<Kernel>, vxmon: &Path) -> Result<Vec
             }
         }
         let mut jobs = make(&choices, vxmon)?;
-        if let Some(engine) = &options.engine {
+        for (variable, value) in [("VXMON_ENGINE", &options.engine), ("VXMON_TRANSPORT", &options.transport)] {
+            let Some(value) = value else { continue };
             for job in &mut jobs {
-                job.command.insert_str(0, &format!("export VXMON_ENGINE='{engine}'; "));
+                job.command.insert_str(0, &format!("export {variable}='{value}'; "));
             }
         }
         if jobs.is_empty() {
