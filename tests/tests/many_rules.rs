@@ -37,6 +37,14 @@ fn lab(rules: &Rules) -> Result<Lab> {
     Ok(lab)
 }
 
+/// A lab that tcpdump and vxmon watch.
+fn watched(rules: &Rules) -> Result<(Lab, Capture, Vxmon)> {
+    let lab = lab(rules)?;
+    let capture = Capture::vxlan(&lab)?;
+    let vxmon = Vxmon::attach_to(&lab.a, 2, &JSON)?;
+    Ok((lab, capture, vxmon))
+}
+
 /// Opens a connection, whose SYN is bad, and does not wait for an answer.
 fn connect(lab: &Lab) {
     let _ = traffic::http_get(&lab.a, lab.service_socket(Family::V4), Duration::from_millis(1));
@@ -92,10 +100,7 @@ fn the_right_one_is_named() -> Result<()> {
         return Ok(());
     }
     for backend in Backend::ALL {
-        let rules = Rules { backend, ..Rules::default() };
-        let lab = lab(&rules)?;
-        let capture = Capture::vxlan(&lab)?;
-        let vxmon = Vxmon::attach_to(&lab.a, 2, &JSON)?;
+        let (lab, capture, vxmon) = watched(&Rules { backend, ..Rules::default() })?;
         // From the very start, while they are being read for the first time.
         let sender = RawSender::open(&lab.a, &lab.options().uplink)?;
         for sport in (20_000..).take(EVENTS / 2) {
@@ -131,9 +136,7 @@ fn rules_that_change_without_pause() -> Result<()> {
     }
     for backend in Backend::ALL {
         let rules = Rules { backend, ..Rules::default() };
-        let lab = lab(&rules)?;
-        let capture = Capture::vxlan(&lab)?;
-        let vxmon = Vxmon::attach_to(&lab.a, 2, &JSON)?;
+        let (lab, capture, vxmon) = watched(&rules)?;
         while_changing(
             || rules.sync(&lab.a, SERVICES),
             |changes| {

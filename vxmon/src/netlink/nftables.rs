@@ -185,15 +185,18 @@ fn decode_chain(reply: Reply<'_>) -> Option<Chain> {
             nfta::CHAIN_TYPE => chain_type = Some(value.text()),
             nfta::CHAIN_POLICY => drops = value.u32_be() == Some(0),
             nfta::CHAIN_HOOK => {
-                let find = |wanted| value.nested().find_map(|(kind, value)| (kind == wanted).then(|| value.u32_be()));
-                let number = find(nfta::HOOK_NUMBER).flatten();
-                let priority = find(nfta::HOOK_PRIORITY).flatten().map(u32::cast_signed);
-                hook = number.zip(priority);
+                let priority = nested_number(value, nfta::HOOK_PRIORITY).map(u32::cast_signed);
+                hook = nested_number(value, nfta::HOOK_NUMBER).zip(priority);
             }
             _ => {}
         }
     }
     Some(Chain { family, table: table?, name: name?, hook, kind: chain_type, drops })
+}
+
+/// A number among nested attributes.
+fn nested_number(value: Value<'_>, wanted: u16) -> Option<u32> {
+    value.nested().find_map(|(kind, value)| (kind == wanted).then(|| value.u32_be())).flatten()
 }
 
 /// The rules of one chain, in order.
@@ -382,8 +385,7 @@ pub(super) fn decode_change(reply: Reply<'_>) -> Option<Change> {
             // NFTA_TABLE_NAME, NFTA_CHAIN_TABLE and so on are the first of their messages all.
             nfta::RULE_TABLE => table = Some(value.text()),
             nfta::CHAIN_HOOK if matches!(message, message::NEW_CHAIN | message::DELETE_CHAIN) => {
-                let find = |wanted| value.nested().find_map(|(kind, value)| (kind == wanted).then(|| value.u32_be()));
-                hook = find(nfta::HOOK_NUMBER).flatten();
+                hook = nested_number(value, nfta::HOOK_NUMBER);
             }
             _ => {}
         }

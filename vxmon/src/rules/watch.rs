@@ -81,9 +81,9 @@ impl Reading {
 /// What is known of the rules as they are now.
 #[derive(Clone, Debug)]
 pub enum Now {
-    /// As they were read: nothing has changed since that began.
+    /// As they were read: nothing that concerns packets which leave has changed since that began.
     Still(Arc<Reading>),
-    /// They have changed since the last reading, if there was one.
+    /// They have changed since the last reading, if there was one, or may have.
     Changed(Option<Arc<Reading>>),
 }
 
