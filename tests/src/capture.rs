@@ -176,7 +176,7 @@ impl Capture {
             }
         }
         // On a busy machine silence may only mean that tcpdump has not run; and what it has not read by its end is lost.
-        while self.tcpdump.is_behind()? && lock(&self.lines).last.elapsed() < LONG_SILENCE {
+        while self.tcpdump.is_behind()? && lock(&self.lines).last.max(start).elapsed() < LONG_SILENCE {
             thread::sleep(Duration::from_millis(10));
         }
         self.tcpdump.end()?;

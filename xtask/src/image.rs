@@ -59,9 +59,9 @@ impl Place {
         let path = self.binary()?;
         let binary = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
         // Also where a symbolic link leads: a path that rustc got from getcwd() is not remapped.
-        let places =
-            self.remapped().into_iter().flat_map(|(place, _)| [place.canonicalize().ok(), Some(place)]).flatten();
-        for trace in places.filter_map(|place| place.to_str().map(str::to_owned)) {
+        let places = self.remapped().into_iter().map(|(place, _)| place).chain([self.cargo_home.clone()]);
+        let traces = places.flat_map(|place| [place.canonicalize().ok(), Some(place)]).flatten();
+        for trace in traces.filter_map(|place| place.to_str().map(str::to_owned)) {
             if binary.windows(trace.len()).any(|window| window == trace.as_bytes()) {
                 bail!("{} names {trace}, a path of this machine", path.display());
             }
@@ -145,11 +145,10 @@ impl Drop for Removed {
 /// object came out in four forms, with fixed addresses always in one. Not where seccomp forbids it, as in some containers.
 fn fixed_addresses() {
     const QUERY: libc::c_ulong = 0xffff_ffff;
-    const RANDOM_OFF: libc::c_ulong = 0x004_0000; // ADDR_NO_RANDOMIZE
     // SAFETY: neither call touches memory; this process stays as it is, since addresses are chosen by execve().
     let set = unsafe {
         let current = libc::personality(QUERY);
-        libc::personality(libc::c_ulong::from(current.cast_unsigned()) | RANDOM_OFF)
+        libc::personality(libc::c_ulong::from((current | libc::ADDR_NO_RANDOMIZE).cast_unsigned()))
     };
     if set < 0 {
         println!(
