@@ -21,7 +21,7 @@ use vxmon_tests::{
     counters::{conntrack_vxlan, udp_csum_errors},
     ipvs,
     lab::{UDP_PORT, ethtool, service},
-    skip,
+    pace, skip,
     traffic::{self, HttpServer, UdpClient, UdpServer},
     vxmon::{Finished, anomalies, by_packet_socket, seconds_between},
 };
@@ -213,6 +213,8 @@ fn the_service_hangs_until_a_remedy() -> Result<()> {
     transcript.heading("the service's address, TCP");
     let capture = Capture::vxlan(&lab)?;
     let vxmon = Vxmon::attach_to(&lab.a, 2, &["--format", "json"])?;
+    // The rules are read meanwhile, by a thread of its own.
+    thread::sleep(pace::limit(Duration::from_millis(500)));
     let before = udp_csum_errors(&lab.b, Family::V4)?;
     let time = connect_and_watch(&lab, &vxmon, &transcript)?;
     transcript.say(format_args!("connected after {:.2} s", time.as_secs_f64()));

@@ -210,7 +210,8 @@ fn run_one(kernel: &Kernel, jobs: &[Job], update: bool, accel: Accel) -> Result<
     let start = Instant::now();
     eprintln!("vm: kernel {}: booting ({accel:?}); console in {}", kernel.name, run.join("console.log").display());
     let mut ended = 0;
-    let ran = Guest { image: &image, run: &run, accel, limit }.run(|_| {
+    let guest = Guest { image: &image, run: &run, accel, limit };
+    let mut each = |_: &Path| {
         while let Some(job) = jobs.get(ended)
             && let Some(results) = job::results(job, &run)?
         {
@@ -225,7 +226,12 @@ fn run_one(kernel: &Kernel, jobs: &[Job], update: bool, accel: Accel) -> Result<
             ended += 1;
         }
         Ok(())
-    });
+    };
+    let mut ran = guest.run(&mut each);
+    if let (Err(error), false, None) = (&ran, run.join("facts").exists(), proc::stop_signal()) {
+        eprintln!("vm: kernel {}: once more, since it did not start: {error:#}", kernel.name);
+        ran = guest.run(&mut each);
+    }
     report.seconds = start.elapsed().as_secs();
     for job in jobs {
         for (name, outcome) in job::results(job, &run)?.unwrap_or_default() {

@@ -137,9 +137,10 @@ impl Guest<'_> {
             // Five-level page tables cost an emulated kernel seconds at boot.
             Accel::Auto | Accel::Tcg => ("tcg,thread=multi", "max,la57=off", SLOWNESS),
         };
+        // no_timer_check: where the host is busy, an emulated timer looks broken to the kernel (`check_timer()`), which panics.
         // What the kernel does not know it puts into the first process's environment.
         let append = format!(
-            "console=ttyS0 panic=-1 mitigations=off loglevel=5 random.trust_cpu=on VXMON_SLOWNESS={slowness} \
+            "console=ttyS0 panic=-1 no_timer_check mitigations=off loglevel=5 random.trust_cpu=on VXMON_SLOWNESS={slowness} \
              VXMON_GUEST={}{modules}",
             guest.display()
         );
