@@ -11,8 +11,8 @@ use vxmon_common::{
 use super::work::{Handle, SUMS, Walk, ask};
 use crate::skb::{FAILED, forget_as, positive};
 
-/// Bytes that are copied; a power of two. More than enough for all headers but the longest chains of IPv6 extensions.
-pub const WINDOW: u32 = 512;
+/// Bytes that are copied; a power of two. Enough for all headers but long chains of IPv6 extensions.
+pub const WINDOW: u32 = 256;
 
 /// The packet at hand. `INNER`: which of [`super::work::Work::walks`] it is whose answers are taken, 0 or 1.
 pub struct Window<const INNER: usize> {
