@@ -351,10 +351,17 @@ struct Verifier<'a> {
     maps: &'a [MapSizes],
     /// Registers that are read later, by instruction.
     live: Vec<u16>,
-    seen: BTreeMap<usize, Vec<State>>,
+    seen: BTreeMap<usize, Vec<Seen>>,
     prune_at: BTreeSet<usize>,
     lookups: u32,
     spilled: Spilled,
+}
+
+/// A state that was followed from, how often it spared another, and how often it did not.
+struct Seen {
+    state: State,
+    hits: u32,
+    misses: u32,
 }
 
 /// What becomes of a number that is put on the stack.
@@ -458,10 +465,18 @@ impl Verifier<'_> {
             return false;
         }
         let (seen, live) = (self.seen.entry(at).or_default(), self.live[at]);
-        if seen.iter().any(|old| state.is_covered_by(old, live)) {
-            return true;
+        for old in &mut *seen {
+            if state.is_covered_by(&old.state, live) {
+                old.hits += 1;
+                return true;
+            }
+            old.misses += 1;
         }
-        seen.push(state.clone());
+        if self.spilled == Spilled::Kept {
+            // States of little use are dropped since 5.1 (9f4686c41bdf).
+            seen.retain(|old| old.misses <= 3 * old.hits + 3);
+        }
+        seen.push(Seen { state: state.clone(), hits: 0, misses: 0 });
         false
     }
 
