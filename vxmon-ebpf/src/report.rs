@@ -80,42 +80,36 @@ pub extern "C" fn vxmon_report(skb: *mut __sk_buff) -> u64 {
 
 #[inline(always)]
 fn report(skb: *mut __sk_buff, case: &Case) -> bool {
-    let packet = &SkbPacket::new(skb);
     let connection = || story::found(case.connection);
-    let awaited = if case.outcome.is_anomaly() { None } else { story::awaited(connection(), case.connection) };
-    if !case.outcome.is_anomaly() && awaited.is_none() {
-        return false;
+    if !case.outcome.is_anomaly() {
+        // A way of its own: whether there is one must not be asked again behind what both have in common, where verifiers
+        // before 6.8 no longer know it.
+        let Some(awaited) = story::awaited(connection(), case.connection) else {
+            return false;
+        };
+        let is_sent = send(skb, case, &follow_up(case, &awaited), &meta::conntrack(skb));
+        if is_sent {
+            awaited.sent();
+        }
+        return is_sent;
     }
     let (Some(endpoints), Some(key)) = (ENDPOINTS.get_ptr_mut(0), FLOW_KEY.get_ptr_mut(0)) else {
         return false;
     };
-    // SAFETY: this CPU's values of the maps.
-    let (endpoints, key) = unsafe { (&mut *endpoints, &mut *key.cast()) };
-    find_endpoints(packet, &case.ip, endpoints);
-    // Not before: the verifier would follow that once for each kind of answer.
-    let conntrack = meta::conntrack(skb);
     let Some(tally) = Tally::of(case.slot) else {
         return false;
     };
-    let (counted, flow) = match &awaited {
-        Some(awaited) => (follow_up(case, awaited), None),
-        None => match count(skb, case, &tally, connection, &conntrack, endpoints, key) {
-            Some(counted) => counted,
-            None => return false,
-        },
-    };
-    let Some(mut entry) = EVENTS.reserve::<Event>(0) else {
-        if case.outcome.is_anomaly() {
-            tally.lost_ring();
-        }
+    // SAFETY: this CPU's values of the maps.
+    let (endpoints, key) = unsafe { (&mut *endpoints, &mut *key.cast()) };
+    find_endpoints(&SkbPacket::new(skb), &case.ip, endpoints);
+    // Not before: the verifier would follow that once for each kind of answer.
+    let conntrack = meta::conntrack(skb);
+    let Some((counted, flow)) = count(skb, case, &tally, connection, &conntrack, endpoints, key) else {
         return false;
     };
-    // SAFETY: the reserved entry has room for an event.
-    unsafe { fill(entry.as_mut_ptr(), packet, case, &counted, skb, &meta::skb(skb), &conntrack) };
-    entry.submit(0);
-    if let Some(awaited) = &awaited {
-        awaited.sent();
-        return true;
+    if !send(skb, case, &counted, &conntrack) {
+        tally.lost_ring();
+        return false;
     }
     sent(&tally, &counted, flow);
     // Compiled in, but dropped by the verifier unless the daemon asks for it (AYA_LOG_LEVEL is a read-only global).
@@ -127,6 +121,18 @@ fn report(skb: *mut __sk_buff, case: &Case) -> bool {
         counted.number,
         counted.verdict as u8
     );
+    true
+}
+
+/// Sends an event, unless the ring buffer is full.
+#[inline(always)]
+fn send(skb: *mut __sk_buff, case: &Case, counted: &Counted, conntrack: &Conntrack) -> bool {
+    let Some(mut entry) = EVENTS.reserve::<Event>(0) else {
+        return false;
+    };
+    // SAFETY: the reserved entry has room for an event.
+    unsafe { fill(entry.as_mut_ptr(), &SkbPacket::new(skb), case, counted, skb, &meta::skb(skb), conntrack) };
+    entry.submit(0);
     true
 }
 
