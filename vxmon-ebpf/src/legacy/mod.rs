@@ -18,7 +18,8 @@
 //! - Where the judge asks for an IP header to be walked through or for a sum, a stage of its own does that, and the judge
 //!   begins anew and finds the answer ([`window::Window`]).
 //! - A number that was put on the stack has lost its bounds there before 5.3. So an offset is bounded where it is used, in one
-//!   piece of assembly ([`window::read`]).
+//!   piece of assembly ([`window::Integer`]). And whether an `Option` has something is not kept: behind the stack it is asked again,
+//!   with either answer. What goes on is in the map.
 //! - Map keys and new values must be on the stack before 4.18.
 //! - `__sk_buff` ends at `data_end`, and kernel memory cannot be read: there is no metadata.
 
