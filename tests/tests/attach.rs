@@ -475,7 +475,7 @@ fn the_transport_is_told() -> Result<()> {
         let blind = finished.stderr.contains("without the skb's metadata");
         ensure!(blind == (metadata == "none"), "{args:?}: {}", finished.stderr);
     }
-    let args = ["--transport", "ringbuf", "--no-ring-buffer", "--engine", "tc"];
+    let args = ["--transport", "ringbuf", "--no-ring-buffer"];
     let finished = Vxmon::start(&lab.a, &args)?.wait(LIMIT)?;
     refuses("a ring buffer", (finished.status, finished.stdout.len(), &finished.stderr), &[no_ring_buffer])
 }

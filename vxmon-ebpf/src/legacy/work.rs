@@ -257,7 +257,7 @@ impl Handle {
                     first = in(reg) first,
                     span = out(reg) span,
                     mask = const SUMS - 1,
-                    options(pure, nomem, nostack, preserves_flags)
+                    options(pure, readonly, nostack, preserves_flags)
                 );
             }
             span

@@ -72,6 +72,11 @@ pub fn start(choice: &Choice, say: &dyn Fn(&str)) -> Result<Started> {
     let why = match (&choice.kind, &choice.no_tc) {
         (Kind::PacketSocket, _) => return packet_socket(choice).map(asked_for),
         (Kind::Tc, _) => return tc(choice, say),
+        // Asked for by its name: packet sockets are no substitute.
+        (Kind::Auto, Some(why)) if choice.transport != Transport::Auto => {
+            bail!("--transport is for TC programs, which cannot be used: {why}")
+        }
+        (Kind::Auto, None) if choice.transport != Transport::Auto => return tc(choice, say),
         (Kind::Auto, Some(why)) => why.clone(),
         (Kind::Auto, None) => match tc(choice, say) {
             Ok(started) => return Ok(started),
