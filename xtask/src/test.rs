@@ -97,11 +97,11 @@ fn calls(vxmon: &Path, skip_file: &Path) -> Result<Vec<Call>> {
     let variables =
         vec![("VXMON_BIN", vxmon.display().to_string()), ("VXMON_SKIP_FILE", skip_file.display().to_string())];
     let with_transport = [&variables[..], &[(TRANSPORT.0, TRANSPORT.1.to_owned())]].concat();
-    let again: Vec<String> = std::iter::once(format!("--package={PRIVILEGED}"))
-        .chain(ONCE_MORE.iter().map(|binary| format!("--test={binary}")))
-        .collect();
     let skips: Vec<String> = NOT_AGAIN.iter().flat_map(|part| ["--skip".to_owned(), (*part).to_owned()]).collect();
     let everything = ["--workspace", "--exclude=vxmon-ebpf"].map(str::to_owned).to_vec();
+    // Of their package alone, dependencies would have fewer features, and would be built a second time.
+    let once_more = ONCE_MORE.iter().map(|binary| format!("--test={binary}"));
+    let again: Vec<String> = everything.iter().cloned().chain(once_more).collect();
     if Uid::effective().is_root() {
         return Ok(vec![
             Call { options: everything, tests: Vec::new(), variables },
