@@ -19,7 +19,7 @@ use vxmon_common::{
 use super::{
     maps::{DEVICE_TABLE, EVENT, PERF_EVENTS, PORT_TABLE, SAMPLE, SLOT_TABLE, STAGES},
     sum,
-    window::{self, Window},
+    window::{self, Integer as _, Window},
     work::{Handle, Walk, Work, ask},
 };
 use crate::{
@@ -31,45 +31,13 @@ use crate::{
     watch::counted_above,
 };
 
-/// One byte at `at & MASK` from `base`: bounded right before it is read, see the parent module.
-///
-/// # Safety
-/// `MASK + 1` bytes at `base` must be a value of a map, or part of one.
-#[inline(always)]
-unsafe fn byte<const MASK: usize>(base: *const u8, at: u64) -> u8 {
-    #[cfg(target_arch = "bpf")]
-    {
-        let value: u64;
-        // SAFETY: by the caller and the mask.
-        unsafe {
-            core::arch::asm!(
-                "{value} = {at}",
-                "{value} &= {mask}",
-                "{value} += {base}",
-                "{value} = *(u8 *)({value} + 0)",
-                at = in(reg) at,
-                base = in(reg) base,
-                value = out(reg) value,
-                mask = const MASK,
-                options(readonly, nostack, preserves_flags)
-            );
-        }
-        value as u8
-    }
-    #[cfg(not(target_arch = "bpf"))]
-    // SAFETY: by the caller. Never run: other targets only check this crate.
-    unsafe {
-        base.add(at as usize & MASK).read()
-    }
-}
-
 /// What is known of a UDP port (memory order).
 #[inline(always)]
 fn port_flags(port: u16) -> u8 {
     const { assert!(PORTS == 1 << 16) };
     match PORT_TABLE.get_ptr(0) {
         // SAFETY: a value of the map.
-        Some(table) => unsafe { byte::<0xffff>(table.cast(), port.into()) },
+        Some(table) => unsafe { u8::read::<0xffff>(table.cast(), port.into()) },
         None => 0,
     }
 }
@@ -186,7 +154,7 @@ fn watched(skb: *mut __sk_buff) -> Option<(u32, bool)> {
     const { assert!(SLOTS_TABLE == 1 << 16) };
     let table = SLOT_TABLE.get_ptr(0)?;
     // SAFETY: a value of the map; the context is valid.
-    let entry = unsafe { byte::<0xffff>(table.cast(), (*skb).ifindex.into()) };
+    let entry = unsafe { u8::read::<0xffff>(table.cast(), (*skb).ifindex) };
     (entry != 0).then_some((u32::from(entry & slot_bits::SLOT), entry & slot_bits::BARE != 0))
 }
 

@@ -34,7 +34,8 @@ impl<const INNER: usize> Window<INNER> {
             return None;
         }
         if at < WINDOW - size {
-            return Some(T::read(self.work.head(), at));
+            // SAFETY: behind the window there is room for the longest read at its end.
+            return Some(unsafe { T::read::<{ WINDOW - 1 }>(self.work.head(), at) });
         }
         let mut value = MaybeUninit::<T>::uninit();
         // SAFETY: the helper fills the whole value or fails.
@@ -59,23 +60,26 @@ pub fn copy(skb: *mut __sk_buff, work: Handle) {
     work.set_length(if failed { 0 } else { len });
 }
 
-/// A number that can be read from the window.
+/// A number that can be read from the value of a map.
 pub trait Integer {
-    /// Reads it at `at`, less than [`WINDOW`], from `base`.
-    fn read(base: *const u8, at: u32) -> Self;
+    /// Reads it at `at & MASK` from `base`.
+    ///
+    /// # Safety
+    /// The value must have room for it at each such place.
+    unsafe fn read<const MASK: u32>(base: *const u8, at: u32) -> Self;
 }
 
-/// One load at a variable offset below [`WINDOW`] of `$base`, a value of a map with room for 8 bytes more. Bounded by a mask
-/// right before, without a branch, so that the verifier knows nothing of the offset and no copy of it can lose its bounds.
+/// One load at a variable offset. Bounded by a mask right before, without a branch, so that the verifier knows nothing of the
+/// offset and no copy of it can lose its bounds.
 macro_rules! read {
     ($kind:ty, $load:literal) => {
         impl Integer for $kind {
             #[inline(always)]
-            fn read(base: *const u8, at: u32) -> Self {
+            unsafe fn read<const MASK: u32>(base: *const u8, at: u32) -> Self {
                 #[cfg(target_arch = "bpf")]
                 {
                     let value: u64;
-                    // SAFETY: within the value of the map, by the mask.
+                    // SAFETY: by the caller and the mask.
                     unsafe {
                         core::arch::asm!(
                             "{value} = {at}",
@@ -85,7 +89,7 @@ macro_rules! read {
                             at = in(reg) u64::from(at),
                             base = in(reg) base,
                             value = out(reg) value,
-                            mask = const WINDOW - 1,
+                            mask = const MASK,
                             options(readonly, nostack, preserves_flags)
                         );
                     }
@@ -94,7 +98,7 @@ macro_rules! read {
                 #[cfg(not(target_arch = "bpf"))]
                 // SAFETY: by the caller. Never run: other targets only check this crate.
                 unsafe {
-                    base.add(at as usize).cast::<$kind>().read_unaligned()
+                    base.add((at & MASK) as usize).cast::<$kind>().read_unaligned()
                 }
             }
         }
@@ -176,11 +180,14 @@ impl<const INNER: usize> Packet for Window<INNER> {
         const TO_INNER_L4: u32 = UDP + VXLAN + ETHERNET + IPV4;
         if len == TO_INNER_L4 && at < WINDOW - TO_INNER_L4 && at + len <= self.work.length() {
             let base = self.work.head().cast_const();
-            let mut sum = Sum::ZERO.add_u16(u16::read(base, at + TO_INNER_L4 - 2));
-            for n in 0..TO_INNER_L4 / 8 {
-                sum = sum.add_u64(u64::read(base, at + 8 * n));
-            }
-            return Some(sum);
+            // SAFETY: as in `load`.
+            return Some(unsafe {
+                let mut sum = Sum::ZERO.add_u16(u16::read::<{ WINDOW - 1 }>(base, at + TO_INNER_L4 - 2));
+                for n in 0..TO_INNER_L4 / 8 {
+                    sum = sum.add_u64(u64::read::<{ WINDOW - 1 }>(base, at + 8 * n));
+                }
+                sum
+            });
         }
         let summed = self.work.summed();
         for n in 0..SUMS as u32 {
