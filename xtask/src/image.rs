@@ -142,7 +142,7 @@ impl Drop for Removed {
 
 /// Has programs that are started from now on loaded at the same addresses each time. LLVM puts types that are declared only into
 /// BTF in the order of their addresses (`BTFDebug`, llvm/lib/Target/BPF/BTFDebug.cpp): of eight links of the same bitcode, one
-/// object came out in four forms, with fixed addresses always in one. Not where seccomp forbids it, as in some containers.
+/// object came out in four forms, with fixed addresses in one in each directory. Not where seccomp forbids it, as in some containers.
 fn fixed_addresses() {
     const QUERY: libc::c_ulong = 0xffff_ffff;
     // SAFETY: neither call touches memory; this process stays as it is, since addresses are chosen by execve().
