@@ -81,7 +81,6 @@ impl Seen {
     /// - NAT draws one of 64,512 ports, and may draw the one that the packet has.
     /// - A retry has no mark, but its new port may be one that NAT has drawn for another connection. Answers could not be told
     ///   apart, so NAT draws another for it, without any rule (`nf_nat_alloc_null_binding()`, net/netfilter/nf_nat_core.c).
-    /// - The stale sum may be 0xffff, which is what the other fault leaves.
     fn coincidences(&self) -> Result<usize> {
         let mut first: BTreeMap<(SocketAddr, SocketAddr), &Captured> = BTreeMap::new();
         let mut later = Vec::new();
@@ -102,7 +101,7 @@ impl Seen {
                 let entry = self.entry(packet)?;
                 ensure!(!entry.port_rewritten(), "good, though NAT made {entry:?} of it: {packet:#?}");
             }
-            count += usize::from(!packet.bad || !shared.insert(outer(packet)) || packet.seen == Some(0xffff));
+            count += usize::from(!packet.bad || !shared.insert(outer(packet)));
         }
         for packet in later.into_iter().filter(|packet| packet.bad) {
             let entry = self.entry(packet)?;

@@ -94,6 +94,8 @@ struct Ran {
     error: u16,
     finding: Finding,
     cause: Cause,
+    /// What fault B would have left.
+    stale: Option<u16>,
 }
 
 fn run(row: Row, seed: u64, v6: bool, new_address: bool, mangles_zero: bool) -> Ran {
@@ -106,8 +108,9 @@ fn run(row: Row, seed: u64, v6: bool, new_address: bool, mangles_zero: bool) -> 
     let after = endpoints(&sample);
     let finding = judged(&sample);
     let (orig, reply) = entry(&before, &after);
-    let nat = Rewrite::find(&orig, &reply, &after).map_or(Nat::None, Nat::Rewritten);
-    Ran { cause: cause(&finding, &nat), sample, error, finding }
+    let rewrite = Rewrite::find(&orig, &reply, &after);
+    let stale = rewrite.zip(finding.expected).map(|(rewrite, expected)| rewrite.stale(expected));
+    Ran { cause: cause(&finding, &rewrite.map_or(Nat::None, Nat::Rewritten)), sample, error, finding, stale }
 }
 
 /// The packets of `kube-vxlan-lab.sh` on Linux 6.18.44, with `-j SNAT --to-source 10.0.100.44 --random-fully` in place of
@@ -152,7 +155,7 @@ proptest! {
     /// Fault B.
     #[test]
     fn a_stale_port_is_named_and_proved(seed in any::<u64>(), v6 in any::<bool>(), new_address in any::<bool>()) {
-        let Ran { sample, error, finding, cause } = run(Row::Lco, seed, v6, new_address, false);
+        let Ran { sample, error, finding, cause, .. } = run(Row::Lco, seed, v6, new_address, false);
         if congruent(error, 0) {
             // The changes cancel each other out: 0xffff in place of 0 for a port, for instance.
             prop_assert_eq!((finding.verdict, finding.expected), (Verdict::LcoValid, Some(finding.seen)));
@@ -161,22 +164,22 @@ proptest! {
         prop_assert_eq!(finding.verdict, Verdict::BadOuter);
         prop_assert!(cause.proved, "{:?} {:?}", finding, sample.shape);
         prop_assert_eq!(cause.predicted, Some(finding.seen));
-        if finding.seen != 0xffff {
-            prop_assert_eq!(cause.verdict, Verdict::NatStalePort);
-        }
+        prop_assert_eq!(cause.verdict, Verdict::NatStalePort);
     }
 
     /// Fault A, not segmented: the metadata alone does not tell that there was no sum.
     #[test]
     fn a_mangled_zero_is_named_and_proved(seed in any::<u64>(), v6 in any::<bool>(), new_address in any::<bool>()) {
-        let Ran { sample, finding, cause, .. } = run(Row::NoOuter, seed, v6, new_address, true);
+        let Ran { sample, finding, cause, stale, .. } = run(Row::NoOuter, seed, v6, new_address, true);
         prop_assert!(new_address || sample.outer_check() == 0xffff);
         if finding.expected == Some(finding.seen) {
             prop_assert_eq!(finding.verdict, Verdict::LcoValid); // one in 65,535 is right by chance
             return Ok(());
         }
         prop_assert_eq!(finding.verdict, Verdict::BadOuter);
-        prop_assert_eq!(cause, Cause { verdict: Verdict::NatMangledZero, predicted: Some(finding.seen), proved: true });
+        // One in 65,535 is what the other fault would have left, too.
+        let verdict = if stale == Some(finding.seen) { Verdict::NatStalePort } else { Verdict::NatMangledZero };
+        prop_assert_eq!(cause, Cause { verdict, predicted: Some(finding.seen), proved: true });
     }
 
     /// Fault A on what is segmented later.
@@ -248,4 +251,19 @@ proptest! {
         prop_assert_eq!(Rewrite::find(&orig, &plain, &first), None);
         prop_assert_eq!(Rewrite::find(&orig, &plain, &leaves), None);
     }
+}
+
+/// Where both faults would have left 0xffff, it is taken for the one that every kernel has.
+#[test]
+fn what_both_faults_leave_is_called_a_stale_port() {
+    let dst = [u32::from_ne_bytes([10, 0, 100, 15]), 0, 0, 0];
+    let src = [u32::from_ne_bytes([10, 0, 100, 3]), 0, 0, 0];
+    let before = Endpoints { src, dst, sport: 36512_u16.to_be(), dport: 8472_u16.to_be() };
+    let after = Endpoints { sport: 49991_u16.to_be(), ..before };
+    let (orig, reply) = entry(&before, &after);
+    let rewrite = Rewrite::find(&orig, &reply, &after).unwrap();
+    let expected = (1..=u16::MAX).find(|expected| rewrite.stale(*expected) == 0xffff).unwrap();
+    let named =
+        |seen| cause(&Finding { verdict: Verdict::BadOuter, seen, expected: Some(expected) }, &Nat::Rewritten(rewrite));
+    assert_eq!(named(0xffff), Cause { verdict: Verdict::NatStalePort, predicted: Some(0xffff), proved: true });
 }
