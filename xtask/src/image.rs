@@ -37,13 +37,27 @@ pub fn run(args: &Args) -> Result<()> {
     let root = cargo::root()?;
     let place = Place { root: root.to_owned(), cargo_home: cargo_home()? };
     let output = env::current_dir()?.join(&args.output);
-    let revision = revision(root);
-    let image = place.make(&output, revision.as_deref())?;
+    let source = Source::of(root)?;
+    let image = place.make(&output, &source)?;
     let tar = output.join("vxmon.tar");
     println!("{} {} ({})", image.name, image.digest, image.architecture);
     println!("layout:  {}", output.join("oci").display());
     println!("archive: {} ({:.1} MiB)", tar.display(), fs::metadata(&tar)?.len() as f64 / f64::from(1 << 20));
-    if args.verify { verify(&place, &output, revision.as_deref()) } else { Ok(()) }
+    if args.verify { verify(&place, &output, &source) } else { Ok(()) }
+}
+
+/// What it is built from: looked up once, since a commit may be made meanwhile.
+struct Source {
+    /// The commit, marked if the files are not those of the commit.
+    revision: Option<String>,
+    /// Time of the image's files, seconds since 1970.
+    created: u64,
+}
+
+impl Source {
+    fn of(root: &Path) -> Result<Self> {
+        Ok(Self { revision: revision(root), created: created(root)? })
+    }
 }
 
 /// Where it is built: all of it should leave no trace.
@@ -55,7 +69,7 @@ struct Place {
 
 impl Place {
     /// Builds the binary, and writes the image into `output`.
-    fn make(&self, output: &Path, revision: Option<&str>) -> Result<Written> {
+    fn make(&self, output: &Path, source: &Source) -> Result<Written> {
         let path = self.binary()?;
         let binary = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
         // Also where a symbolic link leads: a path that rustc got from getcwd() is not remapped.
@@ -66,7 +80,7 @@ impl Place {
                 bail!("{} names {trace}, a path of this machine", path.display());
             }
         }
-        let created = created(&self.root)?;
+        let (revision, created) = (source.revision.as_deref(), source.created);
         let contents = Contents { binary: &binary, version: env!("CARGO_PKG_VERSION"), revision, created };
         let image = vxmon_image::write(&output.join("oci"), &contents)?;
         vxmon_image::archive(&output.join("oci"), &output.join("vxmon.tar"), created)?;
@@ -98,7 +112,8 @@ impl Place {
     }
 }
 
-fn verify(first: &Place, image: &Path, revision: Option<&str>) -> Result<()> {
+fn verify(first: &Place, image: &Path, source: &Source) -> Result<()> {
+    let revision = source.revision.as_deref();
     ensure!(revision.is_some_and(|revision| !revision.ends_with("-dirty")), "--verify needs a commit without changes");
     let elsewhere = env::temp_dir().canonicalize()?.join(format!("vxmon-image-{}", std::process::id()));
     let _clean = Removed(elsewhere.clone());
@@ -122,7 +137,7 @@ fn verify(first: &Place, image: &Path, revision: Option<&str>) -> Result<()> {
         }
     }
     let again = elsewhere.join("image");
-    second.make(&again, revision)?;
+    second.make(&again, source)?;
     for file in ["oci/index.json", "vxmon.tar"] {
         let same = fs::read(image.join(file))? == fs::read(again.join(file))?;
         ensure!(same, "{file} differs: the image is not reproducible");
