@@ -18,7 +18,11 @@ $b mount -t tmpfs rw /rw
 $b mkdir /rw/upper /rw/work
 $b mount -t overlay -o lowerdir=/host,upperdir=/rw/upper,workdir=/rw/work root /root || fail "no overlay"
 for directory in tmp run; do
-    $b mount -t tmpfs $directory /root/$directory
+    # Unless what is to be run is there.
+    case $VXMON_GUEST in
+        /$directory/*) ;;
+        *) $b mount -t tmpfs $directory /root/$directory ;;
+    esac
 done
 $b chmod 1777 /root/tmp
 $b mkdir -p /root/run/results

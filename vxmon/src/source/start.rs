@@ -117,10 +117,13 @@ fn tc(choice: &Choice, say: &dyn Fn(&str)) -> Result<Started> {
 /// The programs for kernels before 5.8.
 fn by_perf(choice: &Choice, say: &dyn Fn(&str)) -> Result<Box<dyn Engine>> {
     let tc = Tc::load_legacy(choice.sample, choice.hook).with_context(|| kernel_needs("4.14"))?;
-    say(
-        "vxmon: without the skb's metadata (these programs cannot read it), so any checksum that is right by some reading is \
-         accepted; conntrack entries are looked up by netlink",
-    );
+    // Whoever asked for them by name knows.
+    if choice.transport == Transport::Auto {
+        say(
+            "vxmon: without the skb's metadata (these programs cannot read it), so any checksum that is right by some reading \
+             is accepted; conntrack entries are looked up by netlink",
+        );
+    }
     Ok(Box::new(tc))
 }
 
