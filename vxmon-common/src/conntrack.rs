@@ -160,13 +160,51 @@ pub enum Nat<'a> {
     Rewritten(Rewrite<'a>),
 }
 
+/// A value, memory order, if there is one; in one number, which is always set: see [`crate::judge::Packed`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Predicted(u32);
+
+impl Predicted {
+    /// None.
+    pub const NONE: Self = Self(0);
+    const IS_KNOWN: u32 = 1 << 16;
+
+    /// This one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of(value: u16) -> Self {
+        Self(value as u32 | Self::IS_KNOWN)
+    }
+
+    /// The value, if there is one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn value(self) -> Option<u16> {
+        if self.is_known() { Some(self.or_zero()) } else { None }
+    }
+
+    /// Whether there is one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_known(self) -> bool {
+        self.0 & Self::IS_KNOWN != 0
+    }
+
+    /// The value, or 0.
+    #[inline(always)]
+    #[must_use]
+    pub const fn or_zero(self) -> u16 {
+        self.0 as u16
+    }
+}
+
 /// A finding and its cause.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cause {
     /// The verdict, now naming the fault where the values show it.
     pub verdict: Verdict,
-    /// The value that the fault leaves, computed from the entry alone, memory order.
-    pub predicted: Option<u16>,
+    /// The value that the fault leaves, computed from the entry alone.
+    pub predicted: Predicted,
     /// The predicted value is the seen one.
     pub proved: bool,
 }
@@ -177,11 +215,11 @@ pub struct Cause {
 #[inline(always)]
 pub fn cause(finding: &Finding, nat: &Nat<'_>) -> Cause {
     let Finding { verdict, seen, expected } = *finding;
-    let unnamed = Cause { verdict, predicted: None, proved: false };
+    let unnamed = Cause { verdict, predicted: Predicted::NONE, proved: false };
     match (verdict, nat) {
         (Verdict::NatMangledZero, Nat::Rewritten(rewrite)) => {
             let predicted = rewrite.mangled_zero();
-            Cause { verdict, predicted: Some(predicted), proved: same(predicted, seen) }
+            Cause { verdict, predicted: Predicted::of(predicted), proved: same(predicted, seen) }
         }
         (Verdict::BadOuter, Nat::Rewritten(rewrite)) => {
             let Some(expected) = expected else {
@@ -191,11 +229,11 @@ pub fn cause(finding: &Finding, nat: &Nat<'_>) -> Cause {
             // One stale sum in 65,536 is 0xffff too. Then it is taken for the fault that every kernel has, and devices as
             // they are made by default.
             if seen == zero && seen != stale {
-                Cause { verdict: Verdict::NatMangledZero, predicted: Some(zero), proved: true }
+                Cause { verdict: Verdict::NatMangledZero, predicted: Predicted::of(zero), proved: true }
             } else {
                 let proved = seen == stale;
                 let verdict = if proved { Verdict::NatStalePort } else { verdict };
-                Cause { verdict, predicted: Some(stale), proved }
+                Cause { verdict, predicted: Predicted::of(stale), proved }
             }
         }
         (Verdict::BadOuter, Nat::Unknown) if seen == 0xffff => Cause { verdict: Verdict::NatMangledZero, ..unnamed },

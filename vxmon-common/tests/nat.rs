@@ -7,7 +7,7 @@ mod generate;
 use generate::{Inside, Rng, Row, Sample, Shape, TCP, Told, congruent, get, put};
 use proptest::prelude::*;
 use vxmon_common::{
-    conntrack::{Cause, Endpoints, Nat, Rewrite, Tuple, cause},
+    conntrack::{Cause, Endpoints, Nat, Predicted, Rewrite, Tuple, cause},
     judge::{self, Finding, Outcome, State, Verdict},
     packet::{self, Bytes},
 };
@@ -163,7 +163,7 @@ proptest! {
         }
         prop_assert_eq!(finding.verdict, Verdict::BadOuter);
         prop_assert!(cause.proved, "{:?} {:?}", finding, sample.shape);
-        prop_assert_eq!(cause.predicted, Some(finding.seen));
+        prop_assert_eq!(cause.predicted, Predicted::of(finding.seen));
         prop_assert_eq!(cause.verdict, Verdict::NatStalePort);
     }
 
@@ -179,7 +179,7 @@ proptest! {
         prop_assert_eq!(finding.verdict, Verdict::BadOuter);
         // One in 65,535 is what the other fault would have left, too.
         let verdict = if stale == Some(finding.seen) { Verdict::NatStalePort } else { Verdict::NatMangledZero };
-        prop_assert_eq!(cause, Cause { verdict, predicted: Some(finding.seen), proved: true });
+        prop_assert_eq!(cause, Cause { verdict, predicted: Predicted::of(finding.seen), proved: true });
     }
 
     /// Fault A on what is segmented later.
@@ -188,7 +188,7 @@ proptest! {
         let Ran { sample, finding, cause, .. } = run(Row::NoOuterGso, seed, v6, new_address, true);
         prop_assert!(new_address || sample.outer_check() == 0xffff);
         prop_assert_eq!((finding.verdict, finding.expected), (Verdict::NatMangledZero, Some(0)));
-        prop_assert_eq!(cause, Cause { verdict: Verdict::NatMangledZero, predicted: Some(finding.seen), proved: true });
+        prop_assert_eq!(cause, Cause { verdict: Verdict::NatMangledZero, predicted: Predicted::of(finding.seen), proved: true });
     }
 
     /// NAT is no fault where the kernel gets it right.
@@ -201,7 +201,7 @@ proptest! {
             }
             let Ran { sample, finding, cause, .. } = run(row, seed, v6, new_address, mangles_zero);
             prop_assert_eq!(finding.verdict, row.verdict(), "{:?}", sample.shape);
-            prop_assert_eq!(cause, Cause { verdict: row.verdict(), predicted: None, proved: false });
+            prop_assert_eq!(cause, Cause { verdict: row.verdict(), predicted: Predicted::NONE, proved: false });
         }
     }
 
@@ -227,7 +227,7 @@ proptest! {
         for nat in [Nat::None, Nat::Unknown] {
             let guess = wrong == 0xffff && nat == Nat::Unknown;
             let verdict = if guess { Verdict::NatMangledZero } else { Verdict::BadOuter };
-            prop_assert_eq!(cause(&finding, &nat), Cause { verdict, predicted: None, proved: false });
+            prop_assert_eq!(cause(&finding, &nat), Cause { verdict, predicted: Predicted::NONE, proved: false });
         }
     }
 
@@ -265,5 +265,5 @@ fn what_both_faults_leave_is_called_a_stale_port() {
     let expected = (1..=u16::MAX).find(|expected| rewrite.stale(*expected) == 0xffff).unwrap();
     let named =
         |seen| cause(&Finding { verdict: Verdict::BadOuter, seen, expected: Some(expected) }, &Nat::Rewritten(rewrite));
-    assert_eq!(named(0xffff), Cause { verdict: Verdict::NatStalePort, predicted: Some(0xffff), proved: true });
+    assert_eq!(named(0xffff), Cause { verdict: Verdict::NatStalePort, predicted: Predicted::of(0xffff), proved: true });
 }

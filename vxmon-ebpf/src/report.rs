@@ -208,10 +208,8 @@ pub fn count<C: Borrow<Connection>>(
         tally.suppressed();
         return None;
     }
-    let (predicted, known) = match cause.predicted {
-        Some(predicted) => (predicted.into(), event_flag::PREDICTED),
-        None => (0, 0),
-    };
+    let predicted = cause.predicted.or_zero().into();
+    let known = if cause.predicted.is_known() { event_flag::PREDICTED } else { 0 };
     let flags = u64::from(known | if cause.proved { event_flag::PROVED } else { 0 });
     Some((Counted { verdict: cause.verdict as u32, predicted, flags, now, number, suppressed, so_far }, flow))
 }

@@ -265,7 +265,7 @@ impl Attributor {
             ct,
             nat,
             cause: (event.role == role::UPLINK).then(|| event::Cause {
-                predicted: predicted.map(hex),
+                predicted: predicted.value().map(hex),
                 proved,
                 right_for_sport,
             }),

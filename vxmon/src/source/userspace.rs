@@ -5,7 +5,7 @@ use std::{cell::Cell, collections::HashMap};
 
 use vxmon_common::{
     config::{FLOWS, REPEAT_INTERVAL_NS, STORIES, port_flag},
-    conntrack::{Cause, Nat, Tuple, cause},
+    conntrack::{Cause, Nat, Predicted, Tuple, cause},
     counters::Counters,
     event::{Event, FlowCount, FlowKey, HEAD, event_flag, role},
     judge::{self, Finding, Outcome, Skb, State, Surroundings},
@@ -88,7 +88,7 @@ impl Judge {
             Outcome::Judged(finding) => {
                 add_one(&mut counters.verdicts, finding.verdict as usize);
                 let so_far = self.stories.good(sighting, &found.ip)?;
-                let cause = Cause { verdict: finding.verdict, predicted: None, proved: false };
+                let cause = Cause { verdict: finding.verdict, predicted: Predicted::NONE, proved: false };
                 return Some(event(sighting, &found.ip, &finding, &cause, so_far, (so_far.bad, 0)));
             }
         }
@@ -152,14 +152,14 @@ fn event(
         l4: ip.l4,
         seen: finding.seen,
         expected: finding.expected.unwrap_or(0),
-        predicted: cause.predicted.unwrap_or(0),
+        predicted: cause.predicted.or_zero(),
         bare_ethertype: bare.unwrap_or(0),
         verdict: cause.verdict as u8,
         state: skb.state as u8,
         role: role_number(role),
         flags: event_flag::NO_MARK
             | flag(finding.expected.is_some(), event_flag::EXPECTED)
-            | flag(cause.predicted.is_some(), event_flag::PREDICTED)
+            | flag(cause.predicted.is_known(), event_flag::PREDICTED)
             | flag(bare.is_some(), event_flag::BARE)
             | flag(skb.state == State::Partial, event_flag::CSUM_START),
         ct_orig: Tuple::default(),
