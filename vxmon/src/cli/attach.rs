@@ -12,12 +12,11 @@ use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 use nix::sched::{CloneFlags, setns};
 
-use super::{listen, privilege, say};
+use super::{listen, privilege, say, written};
 use crate::{
     attribute::ConntrackSource,
     devices::Selection,
     monitor::{self, Settings},
-    sink::{Color, Explain, Format, Paint},
     source::{
         start::{Choice, Kind, Transport},
         tc::Hook,
@@ -36,15 +35,8 @@ pub struct Args {
     /// Sum the whole payload of only one in N packets that need it; the others count as unverified (sampled).
     #[arg(long, env = "VXMON_SAMPLE", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     sample: u32,
-    /// How to write events.
-    #[arg(long, env = "VXMON_FORMAT", value_enum, default_value_t = Format::Text)]
-    format: Format,
-    /// When to explain a wrong checksum below its line, in text.
-    #[arg(long, env = "VXMON_EXPLAIN", value_enum, default_value_t = Explain::Auto)]
-    explain: Explain,
-    /// When to colour text.
-    #[arg(long, env = "VXMON_COLOR", value_enum, default_value_t = Color::Auto)]
-    color: Color,
+    #[command(flatten)]
+    written: written::Args,
     /// Write events to this file instead of standard output.
     #[arg(long, env = "VXMON_OUTPUT", value_name = "FILE")]
     output: Option<PathBuf>,
@@ -158,9 +150,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         selection: if args.devices.is_empty() { Selection::Auto } else { Selection::Named(args.devices.clone()) },
         ports: args.ports.clone(),
         node: args.node.clone(),
-        format: args.format,
-        explain: args.explain,
-        paint: Paint::choose(args.color, args.output.is_none()),
+        format: args.written.format,
+        explain: args.written.explain,
+        paint: args.written.paint(args.output.is_none()),
         duration: args.duration,
         count: args.count,
         conntrack: match args.conntrack {

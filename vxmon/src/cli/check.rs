@@ -9,11 +9,11 @@ use std::{
 
 use anyhow::Result;
 
-use super::{CANNOT, say};
+use super::{CANNOT, say, written};
 use crate::{
     check::{Check, Tally},
     monitor::WELL_KNOWN_PORTS,
-    sink::{Color, Explain, Format, Paint, Printer},
+    sink::Printer,
     source::capture::CaptureError,
 };
 
@@ -29,15 +29,8 @@ pub struct Args {
     /// A UDP port of tunnel packets, beside 4789 and 8472. May be repeated.
     #[arg(long = "port", env = "VXMON_PORT", value_delimiter = ',', value_name = "P", value_parser = clap::value_parser!(u16).range(1..))]
     ports: Vec<u16>,
-    /// How to write what is wrong.
-    #[arg(long, env = "VXMON_FORMAT", value_enum, default_value_t = Format::Text)]
-    format: Format,
-    /// When to explain a wrong checksum below its line, in text.
-    #[arg(long, env = "VXMON_EXPLAIN", value_enum, default_value_t = Explain::Auto)]
-    explain: Explain,
-    /// When to colour text.
-    #[arg(long, env = "VXMON_COLOR", value_enum, default_value_t = Color::Auto)]
-    color: Color,
+    #[command(flatten)]
+    written: written::Args,
     /// Name of the node where the capture was taken, for the events.
     #[arg(long, env = "VXMON_NODE", value_name = "NAME", default_value = "capture")]
     node: String,
@@ -46,9 +39,9 @@ pub struct Args {
 /// Runs `check`.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let ports = || WELL_KNOWN_PORTS.iter().chain(&args.ports).copied();
-    let paint = Paint::choose(args.color, true);
     // Which kernel the capture's node has is not known.
-    let printer = Printer::new(args.format, args.explain, paint, "its kernel".to_owned());
+    let printer =
+        Printer::new(args.written.format, args.written.explain, args.written.paint(true), "its kernel".to_owned());
     let mut check = Check::new(ports(), args.node.clone(), printer, io::stdout().lock());
     let mut all_read = true;
     for path in &args.files {

@@ -6,6 +6,7 @@ mod generate;
 mod listen;
 mod privilege;
 mod tail;
+mod written;
 
 use std::process::ExitCode;
 
