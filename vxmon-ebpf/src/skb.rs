@@ -184,28 +184,36 @@ pub fn forget_as(mut number: u64, unknown: u64) -> u64 {
     number
 }
 
+/// The reads of [`Packet`] by a method `load` that is generic over what is read.
+macro_rules! reads_by_load {
+    () => {
+        #[inline(always)]
+        fn u8(&self, at: u32) -> Option<u8> {
+            self.load(at)
+        }
+        #[inline(always)]
+        fn u16(&self, at: u32) -> Option<u16> {
+            self.load(at)
+        }
+        #[inline(always)]
+        fn u32(&self, at: u32) -> Option<u32> {
+            self.load(at)
+        }
+        #[inline(always)]
+        fn u64(&self, at: u32) -> Option<u64> {
+            self.load(at)
+        }
+    };
+}
+pub(crate) use reads_by_load;
+
 impl Packet for SkbPacket {
     #[inline(always)]
     fn len(&self) -> u32 {
         // SAFETY: the context is valid as long as the program runs.
         unsafe { (*self.skb).len }
     }
-    #[inline(always)]
-    fn u8(&self, at: u32) -> Option<u8> {
-        self.load(at)
-    }
-    #[inline(always)]
-    fn u16(&self, at: u32) -> Option<u16> {
-        self.load(at)
-    }
-    #[inline(always)]
-    fn u32(&self, at: u32) -> Option<u32> {
-        self.load(at)
-    }
-    #[inline(always)]
-    fn u64(&self, at: u32) -> Option<u64> {
-        self.load(at)
-    }
+    reads_by_load!();
     #[inline(always)]
     fn forget(&self, offset: u32) -> u32 {
         forget(self.skb, offset)
@@ -268,22 +276,7 @@ impl Packet for Piece {
     fn len(&self) -> u32 {
         self.at + self.len
     }
-    #[inline(always)]
-    fn u8(&self, at: u32) -> Option<u8> {
-        self.load(at)
-    }
-    #[inline(always)]
-    fn u16(&self, at: u32) -> Option<u16> {
-        self.load(at)
-    }
-    #[inline(always)]
-    fn u32(&self, at: u32) -> Option<u32> {
-        self.load(at)
-    }
-    #[inline(always)]
-    fn u64(&self, at: u32) -> Option<u64> {
-        self.load(at)
-    }
+    reads_by_load!();
     #[inline(always)]
     fn sum(&self, _: u32, _: u32) -> Option<Sum> {
         None

@@ -9,7 +9,7 @@ use vxmon_common::{
 };
 
 use super::work::{Handle, SUMS, Walk, ask};
-use crate::skb::{FAILED, forget_as, positive};
+use crate::skb::{FAILED, forget_as, positive, reads_by_load};
 
 /// Bytes that are copied; a power of two. Enough for all headers but long chains of IPv6 extensions.
 pub const WINDOW: u32 = 256;
@@ -114,22 +114,7 @@ impl<const INNER: usize> Packet for Window<INNER> {
     fn len(&self) -> u32 {
         self.work.length()
     }
-    #[inline(always)]
-    fn u8(&self, at: u32) -> Option<u8> {
-        self.load(at)
-    }
-    #[inline(always)]
-    fn u16(&self, at: u32) -> Option<u16> {
-        self.load(at)
-    }
-    #[inline(always)]
-    fn u32(&self, at: u32) -> Option<u32> {
-        self.load(at)
-    }
-    #[inline(always)]
-    fn u64(&self, at: u32) -> Option<u64> {
-        self.load(at)
-    }
+    reads_by_load!();
     #[inline(always)]
     fn forget(&self, offset: u32) -> u32 {
         forget_as(offset.into(), self.work.length().into()) as u32
