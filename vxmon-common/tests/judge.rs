@@ -161,12 +161,16 @@ proptest! {
                     prop_assert_eq!(outcome, None);
                     continue;
                 };
-                let expected = match get(&frame, place.l4 + field) {
+                let sum = get(&frame, place.l4 + field);
+                let expected = match sum {
                     0 if place.proto == UDP => Verdict::Zero,
                     _ if sample.skb.state == State::Partial && row != Row::Outer => Verdict::Pending,
                     _ => Verdict::Valid,
                 };
-                prop_assert_eq!(verdict(outcome), expected, "{:?}", sample.shape);
+                // A final sum that happens to be the pseudo-header's too: without metadata either reading will do.
+                let either = skb == Skb::UNKNOWN && congruent(place.pseudo(&frame), sum);
+                let verdict = verdict(outcome);
+                prop_assert!(verdict == expected || either && verdict == Verdict::Pending, "{:?}: {:?}", verdict, sample.shape);
             }
         }
     }
