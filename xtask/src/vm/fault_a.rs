@@ -2,7 +2,7 @@
 //! `tinyconfig`. It is kept under a name made of all three.
 
 use std::{
-    fs,
+    fmt, fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -16,6 +16,17 @@ use crate::{cargo, proc, setup};
 const SOURCE: &str = "/usr/src/linux-source-6.1.tar.xz";
 const CONFIG: &str = include_str!("../../vm/fault-a.config");
 const PATCH: &str = include_str!("../../vm/fault-a.patch");
+
+/// The source is there, and no kernel comes of it: the patch or the configuration does not fit it any more. That is a failure
+/// of the lab, not a kernel that cannot be had.
+#[derive(Debug)]
+pub struct DoesNotBuild(String);
+
+impl fmt::Display for DoesNotBuild {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "no kernel comes of {} with xtask/vm/fault-a.patch and fault-a.config", self.0)
+    }
+}
 
 /// The kernel, built if need be.
 pub fn image(cache: &Cache) -> Result<Image> {
@@ -34,7 +45,9 @@ pub fn image(cache: &Cache) -> Result<Image> {
             let version = version.with_context(|| format!("{SOURCE} is not of a Debian package"))?;
             let name = format!("fault-a-{version}-{digest}");
             let log = cache.path(&format!("{name}.log"));
-            cache.entry(&name, |directory| build(directory, &log))?
+            cache.entry(&name, |directory| {
+                build(directory, &log).with_context(|| DoesNotBuild(format!("linux-source-6.1 {version}")))
+            })?
         }
     };
     Ok(Image { vmlinuz: entry.join("vmlinuz"), modules: None })

@@ -128,6 +128,33 @@ impl Kept {
         out
     }
 
+    /// Instructions verified, a line a program and a column a kernel; empty if none were counted.
+    pub fn verified<'a>(&'a self) -> String {
+        let counts: Vec<(&str, BTreeMap<&str, &str>)> = KERNELS
+            .iter()
+            .filter_map(|kernel| Some((kernel.name, self.kernels.get(kernel.name)?)))
+            .map(|(name, kernel)| {
+                let count =
+                    |(name, value): (&'a String, &'a Value)| Some((name.strip_prefix(VERIFIED)?, value.as_str()?));
+                (name, facts(kernel).filter_map(count).collect())
+            })
+            .filter(|(_, counts): &(_, BTreeMap<_, _>)| !counts.is_empty())
+            .collect();
+        let programs: BTreeSet<&str> = counts.iter().flat_map(|(_, counts)| counts.keys().copied()).collect();
+        let mut out = String::new();
+        let mut line = |first: &str, cells: Vec<&str>| {
+            let cells: String = cells.iter().map(|cell| format!("{cell:>10}")).collect();
+            let _ = writeln!(out, "{first:32}{cells}");
+        };
+        if !programs.is_empty() {
+            line("", counts.iter().map(|(name, _)| *name).collect());
+        }
+        for program in programs {
+            line(program, counts.iter().map(|(_, counts)| counts.get(program).copied().unwrap_or("-")).collect());
+        }
+        out
+    }
+
     /// Writes the tables to a file.
     pub fn write(&self, path: &Path) -> Result<()> {
         fs::write(path, self.markdown()).with_context(|| format!("cannot write {}", path.display()))
@@ -184,7 +211,7 @@ fn rule(out: &mut String, columns: usize) {
 
 #[cfg(test)]
 mod tests_of_it {
-    use std::{collections::BTreeMap, fs};
+    use std::fs;
 
     use super::Kept;
     use crate::vm::{job::Outcome, report::KernelReport};
@@ -192,7 +219,9 @@ mod tests_of_it {
     fn report(results: &[(&str, Outcome)]) -> KernelReport {
         KernelReport {
             name: "6.1".to_owned(),
-            facts: BTreeMap::from([("release".to_owned(), "6.1.0-1".to_owned())]),
+            facts: [("release", "6.1.0-1"), ("verified instructions, vxmon_any", "43775"), ("jit", "1")]
+                .map(|(name, value)| (name.to_owned(), value.to_owned()))
+                .into(),
             results: results.iter().map(|(name, outcome)| ((*name).to_owned(), outcome.clone())).collect(),
             unavailable: None,
             seconds: 1,
@@ -207,8 +236,12 @@ mod tests_of_it {
         kept.add(&report(&[("recall::a", failed), ("recall::b", Outcome::Passed)]), "first").unwrap();
         kept.add(&report(&[("recall::a", Outcome::Passed), ("demo", Outcome::Skipped("no".to_owned()))]), "second")
             .unwrap();
-        let text = Kept::at(path.clone()).unwrap().markdown();
+        let kept = Kept::at(path.clone()).unwrap();
         fs::remove_file(path).unwrap();
+        let text = kept.markdown();
+        let counts = kept.verified();
+        let words: Vec<&str> = counts.split_whitespace().collect();
+        assert_eq!(words, ["6.1", "vxmon_any", "43775"]);
         let row = |name: &str| text.lines().find(|line| line.starts_with(&format!("| {name} |"))).unwrap().to_owned();
         assert_eq!(row("recall"), "| recall | not run | not run | 2 | not run | not run | not run |");
         assert_eq!(row("demo"), "| demo | not run | not run | 1 skipped | not run | not run | not run |");
