@@ -163,39 +163,6 @@ fn inner_connections_of_one_outer_port_share_its_fate() -> Result<()> {
     Ok(())
 }
 
-/// No rule is needed for a stale sum: a packet whose port NAT has given to another connection gets another one, since the answers
-/// to the two could not be told apart (`nf_nat_alloc_null_binding()`, net/netfilter/nf_nat_core.c).
-#[test]
-fn a_port_that_is_taken_is_rewritten_without_a_rule() -> Result<()> {
-    if !skip::root_or_skip("a_port_that_is_taken_is_rewritten_without_a_rule") {
-        return Ok(());
-    }
-    let lab = LabOptions::default().build()?;
-    // All outer packets have the first port of this range.
-    let range = |ports: &str| lab.a.sysctl(&[("net.ipv4.ip_local_port_range".to_owned(), ports.to_owned())]);
-    let port = lab.options().port;
-    lab.a.run(
-        "nft",
-        &[&format!(
-            "table ip taken {{ chain output {{ type filter hook output priority -150; udp dport 53 meta mark set 1; }}; \
-             chain postrouting {{ type nat hook postrouting priority 100; meta mark 1 udp dport {port} masquerade to :40000; }}; }}"
-        )],
-    )?;
-    range("41000 41001")?;
-    UdpClient::connect(&lab.a, lab.pod_udp(Family::V4))?.send(40, UdpMode::Plain)?;
-    range("40000 40001")?;
-    let _server = HttpServer::start(&lab.b, lab.pod_socket(Family::V4))?;
-    let capture = Capture::vxlan(&lab)?;
-    let connect = traffic::http_get(&lab.a, lab.pod_socket(Family::V4), A_MOMENT);
-    let packets = capture.stop()?;
-    let entries = conntrack_vxlan(&lab.a, Family::V4, port)?;
-    let mut ports: Vec<_> = entries.iter().map(|entry| (entry.orig.sport, entry.reply.dport)).collect();
-    ports.sort_unstable();
-    ensure!(matches!(ports[..], [(40_000, other), (41_000, 40_000)] if other != 40_000), "{ports:?}");
-    ensure!(connect.is_err() && packets.len() == 1 && packets[0].bad, "{packets:#?}");
-    Ok(())
-}
-
 #[test]
 fn fixed_rules_have_no_fault() -> Result<()> {
     if !skip::root_or_skip("fixed_rules_have_no_fault") {

@@ -115,11 +115,19 @@ pub fn explain(snapshot: &Snapshot, question: &Question<'_>) -> Finding {
     unknown.truncate(NAMED);
     let certain = fits.iter().find(|fit| !fit.outcome.assumed);
     let finding = match (candidates.as_slice(), certain) {
-        ([], _) => nothing(format!(
-            "no rule that is there now would have translated a packet with the mark {:#x}{as_seen}: the first packet of the \
-             connection had another one, or the rules have changed since",
-            question.outer.mark.unwrap_or(0)
-        )),
+        ([], _) => {
+            // `nf_nat_alloc_null_binding()`, net/netfilter/nf_nat_core.c, which keeps the address.
+            let taken = if question.outer.src == Some(question.after.0) {
+                ", or its port was another connection's, and NAT drew one for it without any rule"
+            } else {
+                ""
+            };
+            nothing(format!(
+                "no rule that is there now would have translated a packet with the mark {:#x}{as_seen}: the first packet of \
+                 the connection had another one, or the rules have changed since{taken}",
+                question.outer.mark.unwrap_or(0)
+            ))
+        }
         ([rule], Some(fit)) => named(snapshot, question, *rule, fit.mark),
         ([_], None) => nothing("a rule would have, if a condition held that vxmon cannot tell".to_owned()),
         (several, _) => nothing(format!(

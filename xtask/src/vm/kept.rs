@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use super::{
     directory,
     kernel::KERNELS,
-    report::{KernelReport, outcome_json},
+    report::{BUILD, KernelReport, outcome_json},
     select::LAB,
 };
 use crate::{cargo, proc};
@@ -51,6 +51,12 @@ impl Kept {
         } else {
             kernel["unavailable"] = Value::Null;
             kernel["title"] = report.title().into();
+        }
+        // That a kernel does not build holds until it builds.
+        if let Some(tests) = kernel["tests"].as_object_mut()
+            && !report.results.contains_key(BUILD)
+        {
+            tests.remove(BUILD);
         }
         for (name, value) in report.facts.iter().filter(|(name, _)| *name != "release") {
             kernel["facts"][name] = value.clone().into();

@@ -196,7 +196,7 @@ fn run_one(kernel: &Kernel, jobs: &[Job], update: bool, accel: Accel) -> Result<
             ensure!(proc::stop_signal().is_none(), "interrupted");
             eprintln!("vm: kernel {}: {error:#}", kernel.name);
             if error.is::<fault_a::DoesNotBuild>() {
-                report.results.insert("kernel".to_owned(), Outcome::Failed(format!("{error:#}")));
+                report.results.insert(report::BUILD.to_owned(), Outcome::Failed(format!("{error:#}")));
             } else {
                 report.unavailable = Some(format!("{error:#}"));
             }

@@ -7,6 +7,9 @@ use serde_json::{Value, json};
 use super::job::Outcome;
 use crate::test::Count;
 
+/// The result, instead of those of tests, of a kernel that does not build.
+pub const BUILD: &str = "kernel";
+
 /// What became of a kernel.
 #[derive(Debug)]
 pub struct KernelReport {
