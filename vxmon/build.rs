@@ -12,6 +12,10 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use aya_build::{Package, Toolchain};
+use object::{
+    build::elf::{Builder, SectionData},
+    elf::SHT_STRTAB,
+};
 use sha2::{Digest as _, Sha256};
 
 const OBJECTS: [&str; 5] = ["vxmon", "vxmon-legacy", "vxmon-nat", "vxmon-probe", "vxmon-test"];
@@ -120,23 +124,32 @@ fn ebpf(root: &Path, out: &Path) -> Result<()> {
     });
     aya_build::build_ebpf(packages, Toolchain::Custom(&toolchain)).context("the eBPF program does not build")?;
     for object in OBJECTS {
-        if !out.join(object).exists() {
+        let path = out.join(object);
+        if !path.exists() {
             bail!("vxmon-ebpf has no binary `{object}`");
         }
+        slim(&path, object != WITHOUT_BTF).with_context(|| format!("cannot rewrite {}", path.display()))?;
     }
-    hide_btf(&out.join(WITHOUT_BTF))
+    Ok(())
 }
 
-/// Gives an object's BTF sections names by which no loader knows them.
-fn hide_btf(path: &Path) -> Result<()> {
-    /// Also the end of `.rel.BTF` and the beginning of `.BTF.ext`, which share their bytes in the table of names.
-    const NAME: &[u8] = b".BTF";
-    let mut object = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let hits: Vec<usize> = (0..object.len()).filter(|at| object[*at..].starts_with(NAME)).collect();
-    for at in hits {
-        object[at + 1..at + NAME.len()].fill(b'-');
+/// Takes out what no loader reads: debug information, of which the BTF was made, and BTF itself where `btf` is false.
+fn slim(path: &Path, btf: bool) -> Result<()> {
+    let bytes = fs::read(path)?;
+    let mut object = Builder::read(bytes.as_slice())?;
+    for section in &mut object.sections {
+        let name = section.name.strip_prefix(b".rel").unwrap_or(&section.name);
+        section.delete = name.starts_with(b".debug_") || !btf && name.starts_with(b".BTF");
     }
-    fs::write(path, object).with_context(|| format!("cannot write {}", path.display()))
+    // LLVM keeps names of sections and symbols together, which the builder does not.
+    let names = object.sections.add();
+    names.name = b".shstrtab".as_slice().into();
+    names.sh_type = SHT_STRTAB;
+    names.data = SectionData::SectionString;
+    object.delete_orphans();
+    let mut slim = Vec::new();
+    object.write(&mut slim)?;
+    Ok(fs::write(path, slim)?)
 }
 
 /// Has aya-build put its intermediate files into `shared`, so that all profiles and target directories build core and
