@@ -5,6 +5,7 @@ use std::{process::Output, thread, time::Duration};
 use anyhow::{Context, Result, ensure};
 use vxmon_tests::{
     Backend, Family, Lab, LabOptions, Netns, RuleForm, Rules, Vxmon, cmd, counters::udp_csum_errors, skip, traffic,
+    vxmon::binary,
 };
 
 #[path = "../../vxmon/tests/support/mod.rs"]
@@ -128,6 +129,18 @@ fn offload_off_stops_it() -> Result<()> {
     ensure!(String::from_utf8_lossy(&looked.stdout).contains(": off"), "{looked:?}");
     traffic::http_get(&lab.a, lab.service_socket(Family::V4), BEFORE_RETRY)?;
     ensure!(udp_csum_errors(&lab.b, Family::V4)? == before, "packets were dropped");
+
+    cmd::run(lab.a.command("ethtool").args(["-K", "flannel.1", "tx-checksum-ip-generic", "on"]))?;
+    lab.flush_conntrack()?;
+    ensure!(traffic::http_get(&lab.a, lab.service_socket(Family::V4), A_MOMENT).is_err(), "nothing to stop");
+    lab.flush_conntrack()?;
+    let vxmon = binary()?;
+    for (start, said) in [("vxmon mitigate --dry-run", "would be turned off"), ("vxmon mitigate   ", "is off now")] {
+        let command = command(start)?.replacen("vxmon", &vxmon.to_string_lossy(), 1);
+        let said_it = cmd::run(lab.a.command("sh").args(["-c", &command]))?;
+        ensure!(said_it.contains(said), "{command}: {said_it}");
+    }
+    traffic::http_get(&lab.a, lab.service_socket(Family::V4), BEFORE_RETRY)?;
     Ok(())
 }
 

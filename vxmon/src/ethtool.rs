@@ -1,5 +1,5 @@
-//! Reads a device's features, as `ethtool -k` shows them, by the SIOCETHTOOL ioctl: every kernel has it, it needs no
-//! privilege, and no netlink family. It never sets anything.
+//! Reads a device's features, as `ethtool -k` shows them, and switches them, as `ethtool -K` does, by the SIOCETHTOOL ioctl:
+//! every kernel has it, and it needs no netlink family. Reading needs no privilege, switching CAP_NET_ADMIN.
 
 use std::{io, os::fd::OwnedFd};
 
@@ -12,6 +12,7 @@ use nix::{
 const ETHTOOL_GSTRINGS: u32 = 0x1b;
 const ETHTOOL_GSSET_INFO: u32 = 0x37;
 const ETHTOOL_GFEATURES: u32 = 0x3a;
+const ETHTOOL_SFEATURES: u32 = 0x3b;
 const ETH_SS_FEATURES: u32 = 4;
 /// Bytes of a name (ETH_GSTRING_LEN).
 const NAME: usize = 32;
@@ -33,6 +34,14 @@ pub enum EthtoolError {
         device: String,
         /// What the kernel said.
         source: io::Error,
+    },
+    /// The device does not let it be switched.
+    #[error("{feature} of {device} is fixed")]
+    Fixed {
+        /// The feature, as ethtool names it.
+        feature: &'static str,
+        /// The device.
+        device: String,
     },
     /// A feature that this kernel does not know.
     #[error("this kernel has no device feature {0}")]
@@ -73,6 +82,26 @@ impl Features {
         self.ask(device, &mut words, "read the features")?;
         let active = words.get(2 + 4 * (number / 32) + 2).copied().unwrap_or(0);
         Ok(active >> (number % 32) & 1 != 0)
+    }
+
+    /// Switches the feature.
+    ///
+    /// # Errors
+    /// As [`Features::is_on`]; [`EthtoolError::Ask`] with EPERM without CAP_NET_ADMIN in the device's namespace;
+    /// [`EthtoolError::Fixed`] if the feature is not, or not fully, switched.
+    pub fn switch(&mut self, device: &str, on: bool) -> Result<(), EthtoolError> {
+        let (number, count) = self.number(device)?;
+        let blocks = count.div_ceil(32);
+        let bit = 1 << (number % 32);
+        // struct ethtool_sfeatures: cmd, size, then valid and requested for each block.
+        let mut words = vec![0_u32; 2 + 2 * blocks];
+        words[..2].copy_from_slice(&[ETHTOOL_SFEATURES, blocks as u32]);
+        words[2 + 2 * (number / 32)..][..2].copy_from_slice(&[bit, if on { bit } else { 0 }]);
+        self.ask(device, &mut words, "switch a feature")?;
+        // A fixed feature is no error to the kernel, but a bit of the ioctl's result (ETHTOOL_F_UNSUPPORTED); what counts is
+        // what became of it.
+        let switched = self.is_on(device)? == on;
+        switched.then_some(()).ok_or_else(|| EthtoolError::Fixed { feature: self.feature, device: device.to_owned() })
     }
 
     /// The feature's number and how many there are.
@@ -136,6 +165,17 @@ mod tests {
         // Of loopback, both are fixed: gen_lo_setup(), drivers/net/loopback.c.
         assert!(Features::open("tx-checksum-ip-generic").unwrap().is_on("lo").unwrap());
         assert!(!Features::open("rx-vlan-filter").unwrap().is_on("lo").unwrap());
+    }
+
+    #[test]
+    fn what_is_fixed_is_not_switched() {
+        let mut features = Features::open("tx-checksum-ip-generic").unwrap();
+        let error = features.switch("lo", false).unwrap_err();
+        // Without the privilege it does not come so far.
+        let refused =
+            matches!(&error, EthtoolError::Ask { source, .. } if source.kind() == io::ErrorKind::PermissionDenied);
+        assert!(refused || matches!(error, EthtoolError::Fixed { .. }), "{error}");
+        assert!(features.is_on("lo").unwrap());
     }
 
     #[test]

@@ -91,10 +91,10 @@ fn options_are_those_of_the_help() {
     }
 }
 
-/// The options of `tail` and `check` are in tables of their own.
+/// The options of other verbs than `attach` are in tables of their own.
 #[test]
 fn options_of_other_verbs_are_those_of_the_help() {
-    for verb in ["tail", "check"] {
+    for verb in ["tail", "check", "mitigate"] {
         options_are_documented(verb);
     }
 }

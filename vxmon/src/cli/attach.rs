@@ -8,11 +8,10 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use clap::ValueEnum;
-use nix::sched::{CloneFlags, setns};
 
-use super::{listen, privilege, say, written};
+use super::{listen, netns, privilege, say, written};
 use crate::{
     attribute::ConntrackSource,
     devices::Selection,
@@ -144,7 +143,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let output = open_output(args)?;
     let listeners = args.listen.listen()?;
     if let Some(path) = &args.netns {
-        enter(path)?;
+        netns::enter(path)?;
     }
     let settings = Settings {
         selection: if args.devices.is_empty() { Selection::Auto } else { Selection::Named(args.devices.clone()) },
@@ -202,19 +201,6 @@ fn open_output(args: &Args) -> Result<Box<dyn Write + Send>> {
             Ok(Box::new(file))
         }
     }
-}
-
-/// Moves this thread, before any other is started, to another network namespace.
-fn enter(path: &PathBuf) -> Result<()> {
-    let file = File::open(path).with_context(|| format!("cannot open the network namespace {}", path.display()))?;
-    if let Err(errno) = setns(&file, CloneFlags::CLONE_NEWNET) {
-        bail!(
-            "cannot enter {}: {} (a network namespace? try /proc/PID/ns/net or /run/netns/NAME)",
-            path.display(),
-            errno.desc()
-        );
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -4,6 +4,8 @@ mod attach;
 mod check;
 mod generate;
 mod listen;
+mod mitigate;
+mod netns;
 mod privilege;
 mod tail;
 mod written;
@@ -36,6 +38,8 @@ enum Verb {
     Tail(tail::Args),
     /// Judge the packets of capture files, pcap or pcapng.
     Check(check::Args),
+    /// Turn off the checksum offload of VXLAN devices, without which NAT breaks no checksum.
+    Mitigate(mitigate::Args),
     /// Write a shell's completions to standard output.
     Completions(generate::Completions),
     /// Write a manual page to standard output.
@@ -56,6 +60,7 @@ pub fn main() -> ExitCode {
         Verb::Attach(args) => attach::run(&args),
         Verb::Tail(args) => tail::run(&args),
         Verb::Check(args) => check::run(&args),
+        Verb::Mitigate(args) => mitigate::run(&args),
         Verb::Completions(args) => generate::completions(&args, Cli::command()),
         Verb::Man(args) => generate::man(&args, Cli::command()),
     };
