@@ -4,7 +4,7 @@ use std::{fs, net::IpAddr};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{Family, Netns};
+use crate::{Family, Netns, skip};
 
 /// Addresses and ports of one direction. Ports are 0 where the protocol has none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,6 +134,22 @@ impl<'node> GsoCounter<'node> {
         );
         node.run("nft", &[&rule])?;
         Ok(Self { node, table })
+    }
+
+    /// True if the process is root and the kernel has egress hooks; else skips the test `name`.
+    pub fn can_run(name: &str) -> Result<bool> {
+        if !skip::root_or_skip(name) {
+            return Ok(false);
+        }
+        let refused = match GsoCounter::start(&Netns::create("egress")?, "lo", 1500) {
+            Ok(_) => false,
+            Err(error) if format!("{error:#}").contains("Operation not supported") => true,
+            Err(error) => return Err(error),
+        };
+        if refused {
+            skip::skip(name, "this kernel has no nftables egress hook (5.16)");
+        }
+        Ok(!refused)
     }
 
     /// How many so far.

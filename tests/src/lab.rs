@@ -17,8 +17,11 @@ use std::{
 
 use anyhow::{Result, bail};
 
-use crate::{Netns, Rules, Topology, cmd, rules, traffic::Frame};
+use crate::{Netns, Rules, Topology, cmd, rules, skip::has_parameter, traffic::Frame};
 
+/// Whether a retransmit gets another hash, and so a tunnel's packet another source port: since 5.19 a parameter, always since
+/// 4.10 without it.
+pub const TXREHASH: &str = "net.core.txrehash";
 /// Port of the HTTP service and of the pod behind it.
 pub const HTTP_PORT: u16 = 9153;
 /// Port of the UDP service and of the pod behind it.
@@ -61,7 +64,7 @@ pub struct LabOptions {
     pub vni: u32,
     /// Destination port of the VXLAN.
     pub port: u16,
-    /// `net.core.txrehash`: whether a retransmit changes the source port of the VXLAN.
+    /// [`TXREHASH`]: whether a retransmit changes the source port of the VXLAN.
     pub txrehash: Option<bool>,
     /// `nf_conntrack_udp_timeout`, in seconds.
     pub udp_timeout: Option<u32>,
@@ -386,8 +389,10 @@ impl Lab {
         ]
         .map(|(key, value)| (key.to_owned(), value.to_owned()))
         .into();
-        if let Some(on) = self.options.txrehash {
-            settings.push(("net.core.txrehash".to_owned(), u8::from(on).to_string()));
+        if let Some(on) = self.options.txrehash
+            && (!on || has_parameter(TXREHASH))
+        {
+            settings.push((TXREHASH.to_owned(), u8::from(on).to_string()));
         }
         if let Some(seconds) = self.options.udp_timeout {
             settings.push(("net.netfilter.nf_conntrack_udp_timeout".to_owned(), seconds.to_string()));

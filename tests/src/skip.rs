@@ -1,6 +1,6 @@
 //! A test that cannot run here says so, and says why.
 
-use std::{fs::OpenOptions, io::Write};
+use std::{fs::OpenOptions, io::Write, path::Path};
 
 use anyhow::{Result, bail};
 use nix::unistd::geteuid;
@@ -35,4 +35,20 @@ pub fn root_or_skip(name: &str) -> bool {
         skip(name, "not root");
     }
     root
+}
+
+/// True if the process is root and the kernel has this parameter, named as in `net.core.txrehash`; else skips the test `name`.
+#[must_use]
+pub fn parameter_or_skip(name: &str, parameter: &str) -> bool {
+    if !has_parameter(parameter) {
+        skip(name, &format!("this kernel has no {parameter}"));
+        return false;
+    }
+    root_or_skip(name)
+}
+
+/// Whether the kernel has this parameter.
+#[must_use]
+pub fn has_parameter(parameter: &str) -> bool {
+    Path::new("/proc/sys").join(parameter.replace('.', "/")).exists()
 }

@@ -24,7 +24,7 @@ use vxmon::{
         tc::{self, Added, Direction},
     },
 };
-use vxmon_tests::{cmd, skip};
+use vxmon_tests::{cmd, pace, skip};
 
 /// Two veth pairs, up, with addresses: the uplinks of a node. Their other ends answer nothing.
 const UPLINKS: &str = "link set lo up
@@ -715,13 +715,13 @@ fn a_storm_is_told_a_bounded_number_of_times() -> Result<()> {
             let begun = Instant::now();
             // A thread has the namespace of the one that started it.
             let stirring = thread::spawn(move || {
-                while begun.elapsed() < Duration::from_secs(1) {
+                while begun.elapsed() < pace::limit(Duration::from_secs(1)) {
                     storm(100)?;
                 }
                 Ok::<_, anyhow::Error>(())
             });
             let mut times = 0;
-            while told(monitor, Duration::from_millis(300)).await?.is_some() {
+            while told(monitor, pace::limit(Duration::from_millis(300))).await?.is_some() {
                 times += 1;
             }
             stirring.join().map_err(|_| anyhow!("the thread panicked"))??;

@@ -57,15 +57,7 @@ impl Transcript {
 
 /// Two nodes with the service, old rules, and no rehash of retransmits, as on the kernels of the report.
 fn node(udpcsum: bool) -> Result<Lab> {
-    let lab = LabOptions {
-        udpcsum,
-        sysctls: match fs::exists("/proc/sys/net/core/txrehash") {
-            Ok(true) => vec![("net.core.txrehash".to_owned(), "0".to_owned())],
-            _ => Vec::new(),
-        },
-        ..LabOptions::default()
-    }
-    .build()?;
+    let lab = LabOptions { udpcsum, txrehash: Some(false), ..LabOptions::default() }.build()?;
     Ok(lab)
 }
 

@@ -18,7 +18,6 @@ use serde_json::Value;
 use vxmon_tests::{
     LabOptions, Vxmon,
     counters::GsoCounter,
-    skip,
     traffic::{OuterSum, RawSender},
     vxmon::number,
 };
@@ -158,7 +157,7 @@ fn settle(vxmon: &Vxmon) -> Result<()> {
 
 #[test]
 fn a_million_bad_packets_of_few_flows() -> Result<()> {
-    if !skip::root_or_skip("a_million_bad_packets_of_few_flows") {
+    if !GsoCounter::can_run("a_million_bad_packets_of_few_flows")? {
         return Ok(());
     }
     storm(4, &Output::file("few"))
@@ -166,7 +165,7 @@ fn a_million_bad_packets_of_few_flows() -> Result<()> {
 
 #[test]
 fn a_million_bad_packets_of_many_flows() -> Result<()> {
-    if !skip::root_or_skip("a_million_bad_packets_of_many_flows") {
+    if !GsoCounter::can_run("a_million_bad_packets_of_many_flows")? {
         return Ok(());
     }
     storm(4000, &Output::file("many"))
@@ -176,7 +175,7 @@ fn a_million_bad_packets_of_many_flows() -> Result<()> {
 /// what cannot be is counted.
 #[test]
 fn a_million_bad_packets_of_more_flows_than_are_remembered() -> Result<()> {
-    if !skip::root_or_skip("a_million_bad_packets_of_more_flows_than_are_remembered") {
+    if !GsoCounter::can_run("a_million_bad_packets_of_more_flows_than_are_remembered")? {
         return Ok(());
     }
     storm(50_000, &Output::pipe("more")?)

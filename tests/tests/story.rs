@@ -1,12 +1,14 @@
 //! The story of a connection, on the kernel itself: when it recovers is when vxmon said that it would, and with as many bad
 //! packets as tcpdump saw. Conntrack timeouts are shortened, so that the tests are too.
 
-use std::{path::Path, thread, time::Duration};
+use std::{thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use vxmon_tests::{
-    Capture, Family, Lab, LabOptions, RuleForm, Rules, Vxmon, lab, skip,
+    Capture, Family, Lab, LabOptions, RuleForm, Rules, Vxmon,
+    lab::{self, TXREHASH},
+    skip,
     traffic::{self, HttpServer, UdpClient, UdpServer},
     vxmon::{Finished, seconds_between},
 };
@@ -16,31 +18,20 @@ const JSON: [&str; 2] = ["--format", "json"];
 const NEAR: f64 = 1.5;
 const A_MOMENT: Duration = Duration::from_millis(150);
 
-/// 5.19 and later; before, each retry of a SYN has another source port.
-const REHASH: &str = "net.core.txrehash";
 /// 6.5 and later; before, timeouts double from the first on.
 const LINEAR: &str = "net.ipv4.tcp_syn_linear_timeouts";
 /// Where there is [`LINEAR`], if nobody changed it.
 const LINEAR_DEFAULT: u32 = 4;
 
-fn has(parameter: &str) -> bool {
-    Path::new("/proc/sys").join(parameter.replace('.', "/")).exists()
-}
-
 fn can_run(test: &str, txrehash: bool, linear: u32) -> bool {
-    let lacks = match (txrehash, linear) {
-        (false, _) if !has(REHASH) => REHASH,
-        (_, 1..LINEAR_DEFAULT) if !has(LINEAR) => LINEAR,
-        _ => return skip::root_or_skip(test),
-    };
-    skip::skip(test, &format!("this kernel has no {lacks}"));
-    false
+    let needed = [(!txrehash).then_some(TXREHASH), (1..LINEAR_DEFAULT).contains(&linear).then_some(LINEAR)];
+    skip::root_or_skip(test) && needed.into_iter().flatten().all(|parameter| skip::parameter_or_skip(test, parameter))
 }
 
 fn build(txrehash: bool, udp_timeout: u32, linear: u32) -> Result<Lab> {
-    let linear = has(LINEAR).then(|| (LINEAR.to_owned(), linear.to_string()));
+    let linear = skip::has_parameter(LINEAR).then(|| (LINEAR.to_owned(), linear.to_string()));
     let options = LabOptions {
-        txrehash: has(REHASH).then_some(txrehash),
+        txrehash: Some(txrehash),
         udp_timeout: Some(udp_timeout),
         sysctls: linear.into_iter().collect(),
         ..LabOptions::default()

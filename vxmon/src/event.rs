@@ -294,7 +294,7 @@ pub struct Flow {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expected_recovery: Option<String>,
     /// Why that one: `conntrack-timeout`: it comes after the entry has expired; `source-port`: it is the next retry, and
-    /// retries change the outer source port (`net.core.txrehash`).
+    /// retries change the outer source port (`net.core.txrehash`; without it, always since 4.10).
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("enum" = ["conntrack-timeout", "source-port", null]))]
     pub expected_by: Option<&'static str>,

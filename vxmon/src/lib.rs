@@ -14,6 +14,7 @@
 //! telemetry   what is noted for the metrics
 //! ethtool     a device's offload features
 //! event       the schema vxmon.event/1
+//! release     the kernel's release
 //! held        lines that wait for a moment, for rules that are just being read
 //! sandbox     what the daemon gives up before it attaches
 //! sink/       text and JSON; the live log's socket and the metrics
@@ -31,6 +32,7 @@ pub mod event;
 pub mod held;
 pub mod monitor;
 pub mod netlink;
+pub mod release;
 pub mod rules;
 pub mod sandbox;
 pub mod sink;

@@ -30,6 +30,7 @@ use crate::{
         monitor::{Changes, Monitor, Pace},
         socket::{Protocol, Socket},
     },
+    release::release,
     rules::Rules,
     sandbox::{self, Capability},
     sink::{
@@ -192,7 +193,6 @@ impl<'a> Daemon<'a> {
         let given_up = sandbox::enter(&keeps, sockets)?;
         log::info!("{given_up}");
         let (writer, broken) = Writer::start(output).context("cannot start the output thread")?;
-        let release = nix::sys::utsname::uname().map(|uname| uname.release().to_string_lossy().into_owned());
         let host = || nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let node = settings.node.clone().unwrap_or_else(host);
         let live = Live::start(listeners, &node).context("cannot start the thread of the socket and the metrics")?;
@@ -203,7 +203,7 @@ impl<'a> Daemon<'a> {
             offloads: Offloads::default(),
             held: Held::new(attributor.news()),
             attributor,
-            printer: Printer::new(settings.format, settings.explain, settings.paint, release.unwrap_or_default()),
+            printer: Printer::new(settings.format, settings.explain, settings.paint, release().unwrap_or_default()),
             settings,
             say,
             node,

@@ -4,8 +4,14 @@
 use std::{fs, path::Path};
 
 use super::story::Parameters;
+use crate::release::{release, version};
 
 const SECOND: u64 = 1_000_000_000;
+/// Each retransmission gets another hash, at the latest (`tcp_write_timeout()` calls `sk_rethink_txhash()`,
+/// net/ipv4/tcp_timer.c); `net.core.txrehash`, which may forbid it, came with 5.19.
+const REHASHES: Version = (4, 10, 0);
+
+type Version = (u32, u32, u32);
 
 /// Reads them.
 #[derive(Debug, Default)]
@@ -29,7 +35,7 @@ impl Reader {
         match self.read {
             Some((then, parameters)) if now.abs_diff(then) < SECOND => parameters,
             _ => {
-                let parameters = read(Path::new("/proc/sys/net"));
+                let parameters = read(Path::new("/proc/sys/net"), release().as_deref().and_then(version));
                 self.read = Some((now, parameters));
                 parameters
             }
@@ -37,14 +43,14 @@ impl Reader {
     }
 }
 
-/// Those below `net`. What is not there or not a number is not known.
-fn read(net: &Path) -> Parameters {
+/// Those below `net`, on a kernel of this version. What is not there or not a number is not known.
+fn read(net: &Path, version: Option<Version>) -> Parameters {
     let number = |path: &str| fs::read_to_string(net.join(path)).ok()?.trim().parse::<u32>().ok();
     let seconds = |path: &str| number(path).map(|seconds| u64::from(seconds) * SECOND);
     Parameters {
         udp_timeout: seconds("netfilter/nf_conntrack_udp_timeout"),
         udp_timeout_stream: seconds("netfilter/nf_conntrack_udp_timeout_stream"),
-        txrehash: number("core/txrehash").map(|on| on != 0),
+        txrehash: number("core/txrehash").map(|on| on != 0).or_else(|| (version? >= REHASHES).then_some(true)),
         syn_linear_timeouts: number("ipv4/tcp_syn_linear_timeouts").unwrap_or(0),
         syn_retries: number("ipv4/tcp_syn_retries"),
     }
@@ -57,7 +63,9 @@ mod tests {
     #[test]
     fn what_is_there_is_read() {
         let net = std::env::temp_dir().join(format!("vxmon-parameters-{}", std::process::id()));
-        assert_eq!(read(&net), Parameters::default());
+        assert_eq!(read(&net, None), Parameters::default());
+        let rehashes = |version| read(&net, Some(version)).txrehash;
+        assert_eq!([(3, 10, 0), (4, 14, 0), (5, 10, 262)].map(rehashes), [None, Some(true), Some(true)]);
         for (path, text) in [
             ("netfilter/nf_conntrack_udp_timeout", "30\n"),
             ("netfilter/nf_conntrack_udp_timeout_stream", "120\n"),
@@ -68,7 +76,7 @@ mod tests {
             fs::create_dir_all(net.join(path).parent().unwrap()).unwrap();
             fs::write(net.join(path), text).unwrap();
         }
-        let parameters = read(&net);
+        let parameters = read(&net, Some((6, 1, 0)));
         fs::remove_dir_all(&net).unwrap();
         assert_eq!(
             parameters,

@@ -37,7 +37,8 @@ pub struct Parameters {
     pub udp_timeout: Option<u64>,
     /// `nf_conntrack_udp_timeout_stream`, ns.
     pub udp_timeout_stream: Option<u64>,
-    /// `net.core.txrehash`; `None` on kernels without it.
+    /// Whether a retry gets another hash, and so leaves with another outer source port (`net.core.txrehash`); `None`: not
+    /// known.
     pub txrehash: Option<bool>,
     /// `net.ipv4.tcp_syn_linear_timeouts`; 0 on kernels without it.
     pub syn_linear_timeouts: u32,

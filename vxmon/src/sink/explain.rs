@@ -1,7 +1,10 @@
 //! What an anomaly means, and what to do about it: a pure function from the event to text. It says what was seen and what
 //! follows from that, nothing else: what the event does not hold is left out, or said to be unknown.
 
-use crate::event::{Anomaly, Nat, NatRule};
+use crate::{
+    event::{Anomaly, Nat, NatRule},
+    release::version,
+};
 
 /// A part of an explanation.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,7 +49,7 @@ pub fn explain(anomaly: &Anomaly, release: &str) -> Vec<Part> {
     if fault != Fault::Other {
         parts.extend(anomaly.nat.as_ref().and_then(rule));
         parts.extend(mark(anomaly));
-        parts.extend(then(anomaly));
+        parts.extend(then(anomaly, release));
     }
     parts.extend(to_do(anomaly, fault, release));
     parts
@@ -242,7 +245,13 @@ fn mark(anomaly: &Anomaly) -> Option<Part> {
     Some(part("mark", text))
 }
 
-fn then(anomaly: &Anomaly) -> Option<Part> {
+fn then(anomaly: &Anomaly, release: &str) -> Option<Part> {
+    // net.core.txrehash, which may forbid it, is of 5.19.
+    let by = if version(release).is_some_and(|version| version < (5, 19, 0)) {
+        "the kernel rehashes them"
+    } else {
+        "net.core.txrehash"
+    };
     let flow = anomaly.flow.as_ref()?;
     let expected = flow.expected_recovery.as_deref().map(super::text::time_of_day);
     let text = match (flow.expected_by, expected, flow.conntrack_timeout_s) {
@@ -250,8 +259,7 @@ fn then(anomaly: &Anomaly) -> Option<Part> {
             "a retry had a new conntrack entry and was rewritten and broken again: waiting does not help".to_owned()
         }
         (Some("source-port"), Some(at), _) => format!(
-            "retries leave with another outer source port (net.core.txrehash): the next one, expected about {at}, should get \
-             through"
+            "retries leave with another outer source port ({by}): the next one, expected about {at}, should get through"
         ),
         (Some("conntrack-timeout"), Some(at), Some(seconds)) => format!(
             "each packet keeps the conntrack entry, and so the rewrite, for another {seconds} s: the first retry that comes later, \
@@ -393,11 +401,6 @@ fn fix_of_a(release: &str) -> Part {
         ),
     };
     part("kernel", text)
-}
-
-fn version(release: &str) -> Option<(u32, u32, u32)> {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().ok());
-    Some((numbers.next()??, numbers.next()??, numbers.next().flatten().unwrap_or(0)))
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use super::{
     probe,
     tc::{Hook, Tc},
 };
+use crate::release::release;
 
 /// Which engine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -192,10 +193,9 @@ pub fn csum_chunk() -> u32 {
 }
 
 fn kernel_needs(version: &str) -> String {
-    let release = nix::sys::utsname::uname().map(|uname| uname.release().to_string_lossy().into_owned());
     format!(
         "cannot watch by these TC programs on this kernel ({}); they need Linux {version} or later with CONFIG_BPF_SYSCALL \
          and CONFIG_NET_CLS_BPF, and no lockdown",
-        release.unwrap_or_else(|_| "unknown release".to_owned())
+        release().as_deref().unwrap_or("unknown release")
     )
 }
