@@ -115,6 +115,20 @@ pub struct Anomaly {
     /// Sections that are null, and why.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub missing: BTreeMap<&'static str, String>,
+    /// For capture files; no part of the event.
+    #[serde(skip)]
+    pub packet: Packet,
+}
+
+/// The first bytes of a packet, as it was when it was judged.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Packet {
+    /// The bytes.
+    pub head: Vec<u8>,
+    /// Length of the whole packet in bytes.
+    pub len: u32,
+    /// It begins with its IP header.
+    pub bare: bool,
 }
 
 /// A checksum field. Values are hexadecimal, in network order.

@@ -37,7 +37,8 @@ use crate::{
         Explain, Format, Paint, Printer,
         live::{Listeners, Live},
         metrics::Readings,
-        writer::Writer,
+        pcapng::Pcapng,
+        writer::{Broken, Writer},
     },
     source::{
         engine::{Engine, EngineError},
@@ -88,16 +89,21 @@ const LONGEST_RETRY: Duration = Duration::from_secs(10);
 /// When a device is tried again that could not be attached to.
 const RETRY: Duration = Duration::from_millis(250);
 
+/// Where events go. What is a file is open already.
+pub struct Outputs {
+    /// Lines.
+    pub lines: Box<dyn Write + Send>,
+    /// The packets of anomalies.
+    pub capture: Option<Box<dyn Write + Send>>,
+    /// The live log, and the metrics.
+    pub listeners: Listeners,
+}
+
 /// Watches until told to end; how many anomalies were seen.
-pub async fn run(
-    settings: Settings,
-    output: Box<dyn Write + Send>,
-    listeners: Listeners,
-    say: &dyn Fn(&str),
-) -> Result<u64> {
+pub async fn run(settings: Settings, outputs: Outputs, say: &dyn Fn(&str)) -> Result<u64> {
     // Before anything is attached: a signal's default action would leave it behind.
     let ends = Ends::listen()?;
-    let mut daemon = Daemon::start(settings, output, listeners, say)?;
+    let mut daemon = Daemon::start(settings, outputs, say)?;
     // Not before: reading ten thousand rules would hold up the loading of the programs on a busy machine. Nor after: then
     // there could be an anomaly before it.
     daemon.attributor.begin();
@@ -144,7 +150,9 @@ struct Daemon<'a> {
     held: Held,
     printer: Printer,
     writer: Option<Writer>,
-    broken: crate::sink::writer::Broken,
+    broken: Broken,
+    capture: Option<Pcapng>,
+    capture_broken: Option<Broken>,
     live: Live,
     telemetry: Telemetry,
     offloads: Offloads,
@@ -168,12 +176,8 @@ struct Daemon<'a> {
 }
 
 impl<'a> Daemon<'a> {
-    fn start(
-        settings: Settings,
-        output: Box<dyn Write + Send>,
-        listeners: Listeners,
-        say: &'a dyn Fn(&str),
-    ) -> Result<Self> {
+    fn start(settings: Settings, outputs: Outputs, say: &'a dyn Fn(&str)) -> Result<Self> {
+        let Outputs { lines, capture, listeners } = outputs;
         // Before the first look at the devices, so that nothing slips through between.
         let monitor = Monitor::open(Pace::default())?;
         let route = Socket::open(Protocol::Route)?;
@@ -192,7 +196,9 @@ impl<'a> Daemon<'a> {
         }
         let given_up = sandbox::enter(&keeps, sockets)?;
         log::info!("{given_up}");
-        let (writer, broken) = Writer::start(output).context("cannot start the output thread")?;
+        let (writer, broken) = Writer::start(lines).context("cannot start the output thread")?;
+        let capture = capture.map(Pcapng::start).transpose().context("cannot start the thread of the capture")?;
+        let (capture, capture_broken) = capture.unzip();
         let host = || nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let node = settings.node.clone().unwrap_or_else(host);
         let live = Live::start(listeners, &node).context("cannot start the thread of the socket and the metrics")?;
@@ -215,6 +221,8 @@ impl<'a> Daemon<'a> {
             route,
             writer: Some(writer),
             broken,
+            capture,
+            capture_broken,
             accounts: Accounts::default(),
             reported: 0,
             lost_queue: 0,
@@ -446,6 +454,7 @@ impl<'a> Daemon<'a> {
                     Ok(error) => return Err(error).context("cannot write the output"),
                     Err(_) => break,
                 },
+                error = cannot_write(&mut self.capture_broken) => return Err(error).context("cannot write the capture"),
                 waited = events.wait() => {
                     waited.context("cannot wait for events")?;
                     let (drained, enough) = self.drain(&mut events)?;
@@ -568,6 +577,9 @@ impl<'a> Daemon<'a> {
         self.live.publish(&line);
         let text = self.printer.render(&line);
         let is_written = self.writer.as_mut().is_some_and(|writer| writer.line(text));
+        if let Some(capture) = &mut self.capture {
+            capture.add(&line.record);
+        }
         match &line.record {
             Record::Anomaly(anomaly) if is_written => {
                 self.account(anomaly.ifindex).reported += 1;
@@ -681,10 +693,18 @@ impl<'a> Daemon<'a> {
         let line = Arc::new(Line::from(Record::Summary(summary)));
         self.live.publish(&line);
         let line = self.printer.render(&line);
-        let written = self.writer.take().is_some_and(|writer| writer.finish(line, PATIENCE));
+        let written = self.writer.take().is_some_and(|writer| writer.finish(Some(line), PATIENCE));
         self.live.finish();
+        let (lost, captured) =
+            self.capture.take().map_or((0, true), |capture| (capture.lost(), capture.finish(PATIENCE)));
+        if lost > 0 {
+            (self.say)(&format!("vxmon: {lost} packets are not in the capture: it was not written fast enough"));
+        }
         if !written && !self.reader_gone {
             bail!("the last lines, the summary among them, could not be written: the output is full or is not read");
+        }
+        if !captured {
+            bail!("the last packets could not be written to the capture: it is full or is not read");
         }
         Ok(anomalies)
     }
@@ -706,6 +726,18 @@ fn keeps(engine: &dyn Engine, nat_probe: &Result<NatProbe, String>) -> Vec<Capab
     let mut keeps = engine.keeps();
     keeps.extend(nat_probe.iter().flat_map(|_| NatProbe::keeps()));
     keeps
+}
+
+/// Resolves when the output can no longer be written to; never, if there is none.
+async fn cannot_write(broken: &mut Option<Broken>) -> std::io::Error {
+    if let Some(receiver) = broken {
+        if let Ok(error) = receiver.await {
+            return error;
+        }
+        // It is not to be asked again.
+        *broken = None;
+    }
+    std::future::pending().await
 }
 
 async fn at(until: Option<tokio::time::Instant>) {

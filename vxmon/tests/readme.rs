@@ -15,7 +15,7 @@ use support::{Schema, read};
 use vxmon::{
     event::{
         Anomalies, Anomaly, Attached, Attempt, Cause, Connections, Csum, Ct, DeviceSummary, Ending, Endpoints, Flow,
-        Inner, Line, LostByStage, Nat, NatRule, Packets, Record, Summary,
+        Inner, Line, LostByStage, Nat, NatRule, Packet, Packets, Record, Summary,
     },
     sink::{Explain, Format, Paint, Printer, render},
 };
@@ -387,6 +387,7 @@ fn anomaly(value: &Value) -> Record {
         }),
         suppressed: number(&value["suppressed"]),
         missing: BTreeMap::new(),
+        packet: Packet::default(),
     }))
 }
 

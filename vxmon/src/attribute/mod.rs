@@ -272,6 +272,11 @@ impl Attributor {
             flow,
             suppressed: event.suppressed,
             missing,
+            packet: event::Packet {
+                head: event.head.iter().take(event.head_len as usize).copied().collect(),
+                len: event.len,
+                bare: event.flags & event_flag::BARE != 0,
+            },
         };
         Attributed { anomaly, counted, verdict, pending }
     }

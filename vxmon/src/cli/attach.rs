@@ -3,7 +3,7 @@
 use std::{
     fs::{File, OpenOptions},
     io::{self, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
 };
@@ -15,7 +15,7 @@ use super::{listen, netns, privilege, say, written};
 use crate::{
     attribute::ConntrackSource,
     devices::Selection,
-    monitor::{self, Settings},
+    monitor::{self, Outputs, Settings},
     source::{
         start::{Choice, Kind, Transport},
         tc::Hook,
@@ -39,6 +39,9 @@ pub struct Args {
     /// Write events to this file instead of standard output.
     #[arg(long, env = "VXMON_OUTPUT", value_name = "FILE")]
     output: Option<PathBuf>,
+    /// Write the first 192 bytes of each packet reported to this file, too, as pcapng with the text as comment.
+    #[arg(long, env = "VXMON_PCAP", value_name = "FILE")]
+    pcap: Option<PathBuf>,
     /// End after this time: 30s, 5m, 1h30m.
     #[arg(long, env = "VXMON_DURATION", value_name = "T", value_parser = duration)]
     duration: Option<Duration>,
@@ -140,8 +143,15 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         EngineArg::PacketSocket => Kind::PacketSocket,
     };
     let no_tc = privilege::check(&kind)?;
-    let output = open_output(args)?;
-    let listeners = args.listen.listen()?;
+    let lines: Box<dyn Write + Send> = match &args.output {
+        Some(path) => Box::new(create(path)?),
+        None => Box::new(io::stdout()),
+    };
+    let capture = match &args.pcap {
+        Some(path) => Some(Box::new(create(path)?) as Box<dyn Write + Send>),
+        None => None,
+    };
+    let outputs = Outputs { lines, capture, listeners: args.listen.listen()? };
     if let Some(path) = &args.netns {
         netns::enter(path)?;
     }
@@ -184,23 +194,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         .enable_all()
         .build()
         .context("cannot start the asynchronous runtime")?;
-    let anomalies = runtime.block_on(monitor::run(settings, output, listeners, &say))?;
+    let anomalies = runtime.block_on(monitor::run(settings, outputs, &say))?;
     Ok(if args.exit_code && anomalies > 0 { ExitCode::from(1) } else { ExitCode::SUCCESS })
 }
 
-fn open_output(args: &Args) -> Result<Box<dyn Write + Send>> {
-    match &args.output {
-        None => Ok(Box::new(io::stdout())),
-        Some(path) => {
-            let file: File = OpenOptions::new()
-                .create(true)
-                .write(true)
-                .truncate(true)
-                .open(path)
-                .with_context(|| format!("cannot write to {}", path.display()))?;
-            Ok(Box::new(file))
-        }
-    }
+fn create(path: &Path) -> Result<File> {
+    let mut options = OpenOptions::new();
+    options.create(true).write(true).truncate(true);
+    options.open(path).with_context(|| format!("cannot write to {}", path.display()))
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ pub mod http;
 pub mod live;
 pub mod metrics;
 pub mod paint;
+pub mod pcapng;
 pub mod printer;
 pub mod socket;
 pub mod text;

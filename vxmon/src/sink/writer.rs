@@ -56,9 +56,13 @@ impl Writer {
 
     /// Writes a line; whether it could be taken.
     pub fn line(&mut self, line: String) -> bool {
-        let line = ended(line);
+        self.put(ended(line))
+    }
+
+    /// Writes bytes, all or none; whether they could be taken.
+    pub fn put(&mut self, bytes: Bytes) -> bool {
         let taken = match &self.queue {
-            Some(queue) => match queue.try_send(line) {
+            Some(queue) => match queue.try_send(bytes) {
                 Ok(()) => true,
                 Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => false,
             },
@@ -69,12 +73,12 @@ impl Writer {
     }
 
     /// Writes a last line, waiting for room, and ends; gives up on a reader that takes nothing for `patience`.
-    pub fn finish(mut self, line: String, patience: Duration) -> bool {
+    pub fn finish(mut self, line: Option<String>, patience: Duration) -> bool {
         let until = Instant::now() + patience;
         let Some(queue) = self.queue.take() else {
             return false;
         };
-        let mut pending = Some(ended(line));
+        let mut pending = line.map(ended);
         while let Some(line) = pending.take() {
             match queue.try_send(line) {
                 Ok(()) => {}

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::*;
-use crate::event::{Cause, Csum, Ct, Endpoints, Flow, Inner};
+use crate::event::{Cause, Csum, Ct, Endpoints, Flow, Inner, Packet};
 
 const RELEASE: &str = "6.18.44";
 const KUBE: &str = "-A KUBE-POSTROUTING -m mark --mark 0x4000/0x4000 -j MASQUERADE --random-fully";
@@ -49,6 +49,7 @@ pub(crate) fn fault_b() -> Anomaly {
         flow: Some(Flow { attempt: 1, conntrack_timeout_s: Some(30), ..Flow::default() }),
         suppressed: 0,
         missing: BTreeMap::new(),
+        packet: Packet::default(),
     }
 }
 
