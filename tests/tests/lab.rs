@@ -141,8 +141,8 @@ fn inner_connections_of_one_outer_port_share_its_fate() -> Result<()> {
         return Ok(());
     }
     for underlay in FAMILIES {
-        // `udp_flow_src_port()`, include/net/udp.h: min + (hash * (max - min) >> 32).
-        let one_port = ("net.ipv4.ip_local_port_range".to_owned(), "40000 40001".to_owned());
+        // `udp_flow_src_port()`, include/net/udp.h: min + (hash * (max - min) >> 32); 7.2 draws the last port, too.
+        let one_port = ("net.ipv4.ip_local_port_range".to_owned(), "40000 40000".to_owned());
         let options = LabOptions { underlay, sysctls: vec![one_port], ..LabOptions::default() };
         let lab = with_rules(options, &Rules::default())?;
         // Bad as ever; and a second connection, whose own socket draws another hash, is bad in the same outer connection.
@@ -314,7 +314,10 @@ fn only_small_packets_of_a_rewritten_flow_are_bad() -> Result<()> {
         thread::sleep(A_MOMENT);
         let (big, packets) = (counter.count()?, capture.stop()?);
         ensure!(big > 0, "no GSO packet");
-        let (small, large): (Vec<_>, Vec<_>) = packets.iter().partition(|packet| packet.length < 200);
+        let (mut small, large): (Vec<_>, Vec<_>) = packets.iter().partition(|packet| packet.length < 200);
+        // A retransmission, where the machine is slow, has another port.
+        let port = small.first().map(|packet| packet.sport);
+        small.retain(|packet| Some(packet.sport) == port);
         ensure!(large.len() > 10 && large.iter().all(|packet| !packet.bad), "{large:#?}");
         ensure!(!small.is_empty() && small.iter().all(|packet| packet.bad), "{small:#?}");
     }

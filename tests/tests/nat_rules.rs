@@ -208,7 +208,7 @@ fn a_port_that_is_taken_is_rewritten_without_a_rule() -> Result<()> {
         return Ok(());
     }
     let lab = LabOptions::default().build()?;
-    // All outer packets have the first port of this range.
+    // All outer packets have this port.
     let range = |ports: &str| lab.a.sysctl(&[("net.ipv4.ip_local_port_range".to_owned(), ports.to_owned())]);
     let port = lab.options().port;
     lab.a.run(
@@ -218,9 +218,9 @@ fn a_port_that_is_taken_is_rewritten_without_a_rule() -> Result<()> {
              chain postrouting {{ type nat hook postrouting priority 100; meta mark 1 udp dport {port} masquerade to :40000; }}; }}"
         )],
     )?;
-    range("41000 41001")?;
+    range("41000 41000")?;
     UdpClient::connect(&lab.a, lab.pod_udp(Family::V4))?.send(40, UdpMode::Plain)?;
-    range("40000 40001")?;
+    range("40000 40000")?;
     let _http = HttpServer::start(&lab.b, lab.pod_socket(Family::V4))?;
     let vxmon = Vxmon::attach_to(&lab.a, 2, &JSON)?;
     let capture = Capture::vxlan(&lab)?;

@@ -147,7 +147,7 @@ fn a_query_gets_through_when_offload_is_turned_off() -> Result<()> {
     let path = path.to_str().context("not UTF-8")?;
     let vxmon = Vxmon::attach_to(&lab.b, 2, &[&JSON[..], &["--netns", path]].concat())?;
     let client = UdpClient::connect(&lab.a, lab.service_udp(Family::V4))?;
-    for pause in [850, 850, 3500, 0] {
+    for pause in [950, 950, 3500, 0] {
         ensure!(client.ask(40, A_MOMENT)?.is_none(), "answered");
         thread::sleep(Duration::from_millis(pause));
     }
