@@ -69,7 +69,7 @@ impl SkbPacket {
     #[inline(always)]
     pub fn head(&self) -> Option<Piece> {
         let (data, end) = self.bounds();
-        let is_there = opaque(data + GLANCE as usize) <= end;
+        let is_there = behind::<GLANCE>(data) <= end;
         is_there.then_some(Piece { data: data as *const u8, at: 0, len: GLANCE })
     }
 
@@ -111,8 +111,34 @@ impl SkbPacket {
     }
 }
 
+/// What lies `BYTES` behind `start`: for the same purpose as [`opaque`], in a register of its own. Before 4.20 (e434b8cdf788)
+/// the verifier takes a pointer that is moved to the register it is in for a number (`check_alu_op()`), and learns nothing
+/// from its comparison.
+#[inline(always)]
+fn behind<const BYTES: u32>(start: usize) -> usize {
+    let end: usize;
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: arithmetic in a register.
+    unsafe {
+        core::arch::asm!(
+            "{end} = {start}",
+            "{end} += {bytes}",
+            start = in(reg) start,
+            end = out(reg) end,
+            bytes = const BYTES,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    {
+        end = core::hint::black_box(start + BYTES as usize);
+    }
+    end
+}
+
 /// The same number or pointer, its origin hidden from the compiler: it would turn `start + 1 > end` into `start >= end`,
 /// from which the verifier does not learn that a byte can be read, or compare one copy of an offset and use another.
+/// Not for the legacy programs, see [`behind`].
 #[inline(always)]
 pub fn opaque(mut pointer: usize) -> usize {
     #[cfg(target_arch = "bpf")]
