@@ -111,9 +111,9 @@ impl SkbPacket {
     }
 }
 
-/// What lies `BYTES` behind `start`: for the same purpose as [`opaque`], in a register of its own. Before 4.20 (e434b8cdf788)
-/// the verifier takes a pointer that is moved to the register it is in for a number (`check_alu_op()`), and learns nothing
-/// from its comparison.
+/// What lies `BYTES` behind `start`: for the same purpose as [`opaque`], in a register of its own. Before 4.19 the verifier
+/// takes a pointer that is moved to the register it is in for a number (`check_alu_op()`), and learns nothing from its
+/// comparison.
 #[inline(always)]
 fn behind<const BYTES: u32>(start: usize) -> usize {
     let end: usize;

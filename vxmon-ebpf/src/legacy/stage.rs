@@ -53,14 +53,14 @@ fn device(slot: u32) -> Option<Device> {
         // SAFETY: within the value of the map, by the mask.
         unsafe {
             core::arch::asm!(
-                "{start} = {slot}",
-                "{start} &= 127",
-                "{start} *= 24",
-                "{start} += {table}",
+                "{slot} &= 127",
+                "{slot} *= 24",
+                "{start} = {table}",
+                "{start} += {slot}", // see window::Integer
                 "{flags} = *(u32 *)({start} + 4)",
                 "{low} = *(u64 *)({start} + 8)",
                 "{high} = *(u64 *)({start} + 16)",
-                slot = in(reg) u64::from(slot),
+                slot = inout(reg) u64::from(slot) => _,
                 table = in(reg) table,
                 start = out(reg) start,
                 flags = out(reg) flags,

@@ -71,6 +71,9 @@ pub trait Integer {
 
 /// One load at a variable offset. Bounded by a mask right before, without a branch, so that the verifier knows nothing of the
 /// offset and no copy of it can lose its bounds.
+///
+/// The offset is added to the address, not the address to the offset: that `adjust_ptr_min_max_vals()` mistakes for an address
+/// in no map, which it then reads from, before 4.20 (0962590e5533; kernel/bpf/verifier.c of 4.14, but not of 4.14.336).
 macro_rules! read {
     ($kind:ty, $load:literal) => {
         impl Integer for $kind {
@@ -82,11 +85,11 @@ macro_rules! read {
                     // SAFETY: by the caller and the mask.
                     unsafe {
                         core::arch::asm!(
-                            "{value} = {at}",
-                            "{value} &= {mask}",
-                            "{value} += {base}",
+                            "{at} &= {mask}",
+                            "{value} = {base}",
+                            "{value} += {at}",
                             concat!("{value} = *(", $load, " *)({value} + 0)"),
-                            at = in(reg) u64::from(at),
+                            at = inout(reg) u64::from(at) => _,
                             base = in(reg) base,
                             value = out(reg) value,
                             mask = const MASK,

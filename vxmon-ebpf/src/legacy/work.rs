@@ -249,11 +249,11 @@ impl Handle {
             // SAFETY: within the array, by the mask.
             unsafe {
                 core::arch::asm!(
-                    "{span} = {n}",
-                    "{span} &= {mask}",
-                    "{span} <<= 4",
-                    "{span} += {first}",
-                    n = in(reg) u64::from(n),
+                    "{n} &= {mask}",
+                    "{n} <<= 4",
+                    "{span} = {first}",
+                    "{span} += {n}", // see window::Integer
+                    n = inout(reg) u64::from(n) => _,
                     first = in(reg) first,
                     span = out(reg) span,
                     mask = const SUMS - 1,
