@@ -1,7 +1,8 @@
 //! The object for kernels before 5.8, looked at instruction by instruction: what the verifiers of 4.14 to 5.7 would refuse is
 //! not in it. Those kernels themselves are not to be had here, so this and the counts below stand in for them.
 //!
-//! The limits are those of 4.14 (kernel/bpf/verifier.c, include/linux/bpf_common.h, net/core/filter.c), the strictest of them.
+//! The limits are those of 4.14 (kernel/bpf/verifier.c, include/uapi/linux/bpf_common.h, net/core/filter.c:
+//! `tc_cls_act_func_proto()`, `tc_cls_act_is_valid_access()`), the strictest of them.
 
 #[path = "support/verifier.rs"]
 mod verifier;
@@ -28,6 +29,8 @@ const MAX_VERIFIED: u32 = 131_072;
 const MAX_VERIFIED_5_2: u32 = 1_000_000;
 /// `offsetof(struct __sk_buff, data_end)` and its size: the last field that a sched_cls program had on 4.14 and can use.
 const CONTEXT_END: i32 = 84;
+/// `offsetof(struct __sk_buff, data)`.
+const DATA: i32 = 76;
 
 /// Numbers in include/uapi/linux/bpf.h, of helpers that `tc_cls_act_func_proto()` of 4.14 gives out.
 const HELPERS: [(i32, &str); 9] = [
@@ -198,6 +201,9 @@ fn context_step(instruction: &bpf_insn, mut holders: Holders) -> Result<Holders>
             if context {
                 let (off, size) = (i32::from(instruction.off), size_of_access(instruction));
                 ensure!(off >= 0 && off + size <= CONTEXT_END && size <= 4, "reads {size} bytes at {off} of __sk_buff");
+                // bpf_skb_is_valid_access(): a part is the first part of a field, and not of an address.
+                let whole = size == 4 || off < DATA;
+                ensure!(off % 4 == 0 && whole, "reads {size} bytes at {off} of __sk_buff");
             }
             let stack = from == Place::Register(STACK_REGISTER);
             if stack && holders.contains(&Place::Stack(instruction.off)) {
@@ -279,17 +285,20 @@ fn old_verifiers_find_nothing_to_refuse() -> Result<()> {
 }
 
 /// The programs as they are loaded, with the indexes of maps in place of their descriptors; and these maps.
-fn linked() -> Result<(Programs, Vec<verifier::MapSizes>)> {
+fn linked() -> Result<(Programs, Vec<verifier::Shape>)> {
     let mut object = object()?;
     let maps = object.maps.clone();
     let names: Vec<&String> = maps.keys().collect();
     let numbered = names.iter().enumerate().map(|(fd, name)| (name.as_str(), fd as RawFd, &maps[*name]));
     object.relocate_maps(numbered, &std::collections::HashSet::new())?;
-    let sizes = |name: &&String| verifier::MapSizes { key: maps[*name].key_size(), value: maps[*name].value_size() };
-    Ok((programs(&object)?, names.iter().map(sizes).collect()))
+    let shape = |name: &&String| {
+        let map = &maps[*name];
+        verifier::Shape { kind: map.map_type(), key: map.key_size(), value: map.value_size() }
+    };
+    Ok((programs(&object)?, names.iter().map(shape).collect()))
 }
 
-/// An old verifier, as far as it is known what that does, comes to the end of each program, and soon.
+/// An old verifier comes to the end of each program, and soon.
 #[test]
 fn an_old_verifier_comes_to_the_end() -> Result<()> {
     let (programs, maps) = linked()?;
@@ -316,7 +325,7 @@ fn the_checks_can_fail() -> Result<()> {
     }
 
     let exit = instruction(EXIT, 0, 0, 0);
-    let refused: [(&str, Vec<bpf_insn>); 9] = [
+    let refused: [(&str, Vec<bpf_insn>); 11] = [
         ("back-edge", vec![instruction(0xb7, 0, 0, 0), instruction(JA, 0, -2, 0), exit]),
         ("nothing leads to", vec![instruction(JA, 0, 1, 0), exit, exit]),
         ("4096 instructions", vec![exit; 4096]),
@@ -324,6 +333,8 @@ fn the_checks_can_fail() -> Result<()> {
         ("helper 113", vec![instruction(CALL, 0, 0, 113), exit]),
         ("class 6", vec![instruction(0x16, 0, 0, 0), exit]),
         ("reads 4 bytes at 176", vec![instruction(0xbf, 0x16, 0, 0), instruction(0x61, 0x60, 176, 0), exit]),
+        ("reads 2 bytes at 42", vec![instruction(0x69, 0x10, 42, 0), exit]),
+        ("reads 2 bytes at 76", vec![instruction(0x69, 0x10, 76, 0), exit]),
         (
             "writes to __sk_buff",
             vec![instruction(0x7b, 0x1a, -8, 0), instruction(0x79, 0xa7, -8, 0), instruction(0x62, 0x07, 8, 1), exit],
@@ -367,7 +378,8 @@ fn little_is_left_to_verify() -> Result<()> {
 /// What that verifier is there for: a program that differs in one thing passes, and does not.
 #[test]
 fn the_old_verifier_can_refuse() -> Result<()> {
-    const MAPS: [verifier::MapSizes; 1] = [verifier::MapSizes { key: 4, value: 64 }];
+    const MAPS: [verifier::Shape; 2] =
+        [verifier::Shape { kind: 2, key: 4, value: 64 }, verifier::Shape { kind: 3, key: 4, value: 4 }];
     let exit = [instruction(0xb7, 0, 0, 0), instruction(EXIT, 0, 0, 0)];
     // r0 = map_lookup_elem(map 0, &0 at r10 - 8); if r0 == 0 goto the end, `behind` instructions further
     let lookup = |behind: i16| {
@@ -402,12 +414,43 @@ fn the_old_verifier_can_refuse() -> Result<()> {
     refuses("an unbounded offset", vec![vec![keep], lookup(3), vec![length, add, read(0)]])?;
     // A bounded number that went through the stack is not bounded any more.
     verify(vec![vec![keep], lookup(6), vec![length, spill, fill, mask(63), add, read(0)]])?;
-    refuses("a negative offset", vec![vec![keep], lookup(6), vec![length, mask(63), spill, fill, add, read(0)]])?;
+    refuses("adds Number", vec![vec![keep], lookup(6), vec![length, mask(63), spill, fill, add, read(0)]])?;
+    // The address is added to the offset.
+    let other_way = [instruction(0x0f, 0x01, 0, 0), instruction(0x71, 0x13, 0, 0)]; // r1 += r0, r3 = *(u8 *)(r1 + 0)
+    refuses("to a number", vec![vec![keep], lookup(4), vec![length, mask(63)], other_way.to_vec()])?;
     // Null, unless it was looked at.
     refuses("reads by ValueOrNull", vec![lookup(0)[..6].to_vec(), vec![read(0)]])?;
     // A key in a map, as 4.18 is the first to take.
     let key_in_map = [instruction(0xbf, 0x02, 0, 0), instruction(LD_IMM64, 0x11, 0, 0), instruction(0, 0, 0, 0)];
     refuses("argument 2 of helper 1", vec![lookup(4), key_in_map.to_vec(), vec![instruction(CALL, 0, 0, 1)]])?;
+    // A map of another kind than the helper's.
+    let of_programs = instruction(LD_IMM64, 0x11, 0, 1);
+    let lookup_of_programs = [&lookup(0)[..3], &[of_programs], &lookup(0)[4..6]].concat();
+    refuses("helper 1 with map 1, of type 3", vec![lookup_of_programs])?;
+    // Null that was on the stack when it was found to be null, and is read in half; then as a whole.
+    let spilled_null = |half: u8| {
+        let behind = [instruction(0x7b, 0x0a, -16, 0), instruction(0x55, 0, 1, 0), instruction(half, 0xa3, -16, 0)];
+        vec![lookup(0)[..6].to_vec(), behind.to_vec()]
+    };
+    refuses("part of a pointer", spilled_null(0x61))?;
+    verify(spilled_null(0x79))?;
+    // One read of the context, or of what was looked up.
+    let either = [instruction(0x15, 0, 1, 0), instruction(0xbf, 0x07, 0, 0), instruction(0x61, 0x73, 0, 0)];
+    refuses("by something else", vec![vec![keep], lookup(0)[..6].to_vec(), either.to_vec()])?;
+    // 14 bytes of a packet, asked for with an address that may have been moved to itself before.
+    let packet = |to: u8| {
+        vec![
+            instruction(0x61, 0x12, 76, 0),     // r2 = skb->data
+            instruction(0x61, 0x13, 80, 0),     // r3 = skb->data_end
+            instruction(0xbf, 0x24, 0, 0),      // r4 = r2
+            instruction(0x07, 4, 0, 14),        // r4 += 14
+            instruction(0xbf, 0x40 | to, 0, 0), // r5 = r4, or r4 = r4
+            instruction(0x2d, 0x34, 1, 0),      // if r4 > r3 goto + 1
+            instruction(0x71, 0x21, 13, 0),     // r1 = *(u8 *)(r2 + 13)
+        ]
+    };
+    verify(vec![packet(5)])?;
+    refuses("compares Number", vec![packet(4)])?;
     // Part of the stack that one way leaves unset.
     let skip = instruction(0x15, 1, 1, 7); // if r1 == 7 goto + 1
     refuses("of the stack, which is not set", vec![vec![keep, length, skip, spill, fill]])?;
@@ -428,6 +471,19 @@ fn the_old_verifier_can_refuse() -> Result<()> {
     };
     verify(vec![load(1)])?;
     refuses("a size that may be 0", vec![load(0)])?;
+    // The same of memory to be summed, though the helper takes 0 bytes of no memory.
+    let sum = |memory: bpf_insn, most: i32| {
+        let size = [instruction(0x61, 0x12, 0, 0), instruction(0x57, 2, 0, most)]; // r2 = skb->len & most
+        let none = [instruction(0xb7, 3, 0, 0), instruction(0xb7, 4, 0, 0), instruction(0xb7, 5, 0, 0)];
+        vec![
+            vec![instruction(0x7a, 10, -8, 0)],
+            size.to_vec(),
+            none.to_vec(),
+            vec![memory, instruction(0x07, 1, 0, if most == 0 { 0 } else { -8 }), instruction(CALL, 0, 0, 28)],
+        ]
+    };
+    verify(sum(instruction(0xb7, 1, 0, 0), 0))?;
+    refuses("a size that may be 0", sum(instruction(0xbf, 0xa1, 0, 0), 4))?;
     // And it does not go on for ever: twelve branches in a row, each of which leaves another number behind.
     let branch = [instruction(0x25, 1, 1, 7), instruction(0x07, 6, 0, 1), instruction(0x67, 6, 0, 1)];
     let many = std::iter::repeat_n(branch, 12).flatten().collect();

@@ -1,14 +1,15 @@
 //! A verifier as old kernels have it, so far as the object for them goes: what it follows, what it knows of each register, when
-//! it takes a way for one that it has seen, and what it refuses. Where it differs from 4.14 to 4.19 it knows less or goes on for
-//! longer, so that what passes here passes there:
+//! it takes a way for one that it has seen, and what it refuses. After kernel/bpf/verifier.c of 4.14.336: `do_check()`,
+//! `check_alu_op()`, `adjust_ptr_min_max_vals()`, `adjust_scalar_min_max_vals()`, `check_cond_jmp_op()`, `reg_set_min_max()`,
+//! `check_mem_access()`, `check_func_arg()`, `check_map_func_compatibility()`, `is_state_visited()`, `states_equal()`; the helpers'
+//! arguments after net/core/filter.c. Where it differs from those it knows less, goes on for longer, or refuses more:
 //!
 //! - A register counts as read by what follows if any way there reads it, not only one that was gone; stack slots always.
-//! - Keys and new values of maps must be on the stack (before 4.18), packets are read at constant offsets only, and the
-//!   context is only read, copied and handed to helpers.
+//! - Packets are read at constant offsets only, no operation has 32 bits, and the context is only read, copied and handed to
+//!   helpers.
+//! - No address is added to a number, though 4.14.336 has that: see `compute()`.
 //!
-//! After kernel/bpf/verifier.c, `do_check()`, `is_state_visited()`, `regsafe()`, `check_func_arg()`,
-//! `adjust_scalar_min_max_vals()` and `check_cond_jmp_op()`. Numbers are kept as their bits and bounds (`struct tnum`,
-//! `umin_value` and the like); a number that goes through the stack comes back unknown.
+//! How it compares with the kernel's own: docs/compatibility.md, "Before 5.8".
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -21,10 +22,15 @@ const STACK: i64 = 512;
 /// `BPF_MAX_VAR_OFF` and `BPF_MAX_VAR_SIZ`.
 const MAX_VARIABLE: u64 = 1 << 29;
 const FRAME: usize = 10;
+/// `BPF_MAP_TYPE_PROG_ARRAY` and `BPF_MAP_TYPE_PERF_EVENT_ARRAY`.
+const PROG_ARRAY: u32 = 3;
+const PERF_EVENT_ARRAY: u32 = 4;
 
-/// What the program sees of a map.
+/// What the verifier looks at in a map.
 #[derive(Clone, Copy, Debug)]
-pub struct MapSizes {
+pub struct Shape {
+    /// `enum bpf_map_type`.
+    pub kind: u32,
     pub key: u32,
     pub value: u32,
 }
@@ -71,13 +77,18 @@ impl Number {
         Self { value: 0, mask: most, smin: 0, smax: most.cast_signed(), umin: 0, umax: most }
     }
 
-    /// `__update_reg_bounds()`, `__reg_deduce_bounds()`, `__reg_bound_offset()`.
-    fn settled(mut self) -> Self {
+    /// `__update_reg_bounds()`
+    fn updated(mut self) -> Self {
         let sign = 1_u64 << 63;
         self.smin = self.smin.max((self.value | self.mask & sign).cast_signed());
         self.smax = self.smax.min((self.value | self.mask & !sign).cast_signed());
         self.umin = self.umin.max(self.value);
         self.umax = self.umax.min(self.value | self.mask);
+        self
+    }
+
+    /// `__reg_deduce_bounds()`, `__reg_bound_offset()`
+    fn deduced(mut self) -> Self {
         if self.smin >= 0 || self.smax < 0 {
             self.umin = self.umin.max(self.smin.cast_unsigned());
             self.smin = self.umin.cast_signed();
@@ -101,6 +112,12 @@ impl Number {
         self.value = (self.value | value) & !mask;
         self.mask = mask;
         self
+    }
+
+    /// Of a way that cannot be gone: what is known of it contradicts itself.
+    fn is_absurd(&self) -> bool {
+        let known = self.constant().is_some() && (self.smin != self.smax || self.umin != self.umax);
+        known || self.umin > self.umax || self.smin > self.smax
     }
 
     /// Whether all that this may be, `other` may be too.
@@ -127,10 +144,13 @@ impl Number {
         let changed = masks.wrapping_add(values) ^ values;
         sum.mask = changed | self.mask | other.mask;
         sum.value = values & !sum.mask;
-        sum.settled()
+        sum.updated().deduced()
     }
 
     fn compute(&self, operation: u8, other: &Self) -> Self {
+        if other.is_absurd() || other.constant().is_none() && !matches!(operation, 0x0 | 0x1 | 0x5) {
+            return Self::UNKNOWN;
+        }
         if let (Some(a), Some(b)) = (self.constant(), other.constant()) {
             let known = match operation {
                 0x0 => Some(a.wrapping_add(b)),
@@ -185,7 +205,7 @@ impl Number {
             0x6 | 0x7 => {
                 let Some(bits) = other.constant().filter(|bits| *bits < 64) else { return Self::UNKNOWN };
                 if operation == 0x6 {
-                    if self.umax <= u64::MAX >> bits {
+                    if self.umax <= 1 << (63 - bits) {
                         (result.umin, result.umax) = (self.umin << bits, self.umax << bits);
                     }
                     (result.value, result.mask) = (self.value << bits, self.mask << bits);
@@ -196,7 +216,7 @@ impl Number {
             }
             _ => return Self::UNKNOWN,
         }
-        result.settled()
+        result.updated().deduced()
     }
 
     /// What is known of it where a comparison with a constant came out so.
@@ -204,17 +224,17 @@ impl Number {
         let signed = with.cast_signed();
         match (operation, holds) {
             (0x1, true) | (0x5, false) => return Self::known(with),
-            (0x2, true) | (0xb, false) => self.umin = self.umin.max(with.saturating_add(1)),
+            (0x2, true) | (0xb, false) => self.umin = self.umin.max(with.wrapping_add(1)),
             (0x2, false) | (0xb, true) => self.umax = self.umax.min(with),
             (0x3, true) | (0xa, false) => self.umin = self.umin.max(with),
-            (0x3, false) | (0xa, true) => self.umax = self.umax.min(with.saturating_sub(1)),
-            (0x6, true) | (0xd, false) => self.smin = self.smin.max(signed.saturating_add(1)),
+            (0x3, false) | (0xa, true) => self.umax = self.umax.min(with.wrapping_sub(1)),
+            (0x6, true) | (0xd, false) => self.smin = self.smin.max(signed.wrapping_add(1)),
             (0x6, false) | (0xd, true) => self.smax = self.smax.min(signed),
             (0x7, true) | (0xc, false) => self.smin = self.smin.max(signed),
-            (0x7, false) | (0xc, true) => self.smax = self.smax.min(signed.saturating_sub(1)),
+            (0x7, false) | (0xc, true) => self.smax = self.smax.min(signed.wrapping_sub(1)),
             _ => return self,
         }
-        self.settled()
+        self.deduced().updated()
     }
 }
 
@@ -249,15 +269,17 @@ impl Register {
         !matches!(self, Self::Unset | Self::Number(_))
     }
 
-    /// `regsafe()`: whether what was safe with `old` is with this.
-    fn is_covered_by(&self, old: &Self) -> bool {
+    /// `regsafe()`: whether what was safe with `old` is with this. `lookups`: which of the one state are which of the other.
+    fn is_covered_by(&self, old: &Self, lookups: &mut BTreeMap<u32, u32>) -> bool {
         match (old, self) {
             (Self::Unset, _) => true,
             (Self::Number(old), Self::Number(new)) => new.is_within(old),
             (Self::Value { map: a, off: b, variable: old }, Self::Value { map: c, off: d, variable: new }) => {
                 a == c && b == d && new.is_within(old)
             }
-            (Self::ValueOrNull { map: a, .. }, Self::ValueOrNull { map: b, .. }) => a == b,
+            (Self::ValueOrNull { map: a, lookup: old }, Self::ValueOrNull { map: b, lookup: new }) => {
+                a == b && lookups.entry(*old).or_insert(*new) == new
+            }
             (Self::Packet { off: a, range: old }, Self::Packet { off: b, range: new }) => a == b && old <= new,
             (old, new) => old == new,
         }
@@ -268,6 +290,7 @@ impl Register {
 enum Slot {
     /// A bit for each of the eight bytes that was written.
     Bytes(u8),
+    /// Or the 0 that it turned out to be, which still can only be read as a whole.
     Pointer(Register),
 }
 
@@ -281,11 +304,13 @@ struct State {
 
 impl State {
     fn is_covered_by(&self, old: &Self, live: u16) -> bool {
-        let registers = (0..11).all(|n| live >> n & 1 == 0 || self.registers[n].is_covered_by(&old.registers[n]));
+        let mut lookups = BTreeMap::new();
+        let mut covered = |new: &Register, old: &Register| new.is_covered_by(old, &mut lookups);
+        let registers = (0..11).all(|n| live >> n & 1 == 0 || covered(&self.registers[n], &old.registers[n]));
         registers
             && old.stack.iter().zip(&self.stack).all(|(old, new)| match (old, new) {
                 (Slot::Bytes(old), Slot::Bytes(new)) => old & !new == 0,
-                (Slot::Pointer(old), Slot::Pointer(new)) => new.is_covered_by(old),
+                (Slot::Pointer(old), Slot::Pointer(new)) => covered(new, old),
                 _ => false,
             })
             && old.numbers.iter().zip(&self.numbers).all(|(old, new)| match (old, new) {
@@ -307,9 +332,6 @@ impl State {
         for slot in &mut self.stack {
             if let Slot::Pointer(pointer) = slot {
                 change(pointer);
-                if let Register::Number(_) = pointer {
-                    *slot = Slot::Bytes(0xff); // null, after all
-                }
             }
         }
     }
@@ -348,12 +370,14 @@ fn arguments(helper: i32) -> Result<&'static [Argument]> {
 /// A program, and where it may be left to be seen again.
 struct Verifier<'a> {
     code: &'a [bpf_insn],
-    maps: &'a [MapSizes],
+    maps: &'a [Shape],
     /// Registers that are read later, by instruction.
     live: Vec<u16>,
     seen: BTreeMap<usize, Vec<Seen>>,
     prune_at: BTreeSet<usize>,
     lookups: u32,
+    /// Whether it was by the context that an instruction read.
+    by_context: BTreeMap<usize, bool>,
     spilled: Spilled,
 }
 
@@ -374,7 +398,7 @@ pub enum Spilled {
 }
 
 /// Follows a program in which each map is named by its index in `maps`, as the number of a file descriptor.
-pub fn verify(code: &[bpf_insn], maps: &[MapSizes], spilled: Spilled, limit: usize) -> Result<Verified> {
+pub fn verify(code: &[bpf_insn], maps: &[Shape], spilled: Spilled, limit: usize) -> Result<Verified> {
     let mut verifier = Verifier {
         code,
         maps,
@@ -382,6 +406,7 @@ pub fn verify(code: &[bpf_insn], maps: &[MapSizes], spilled: Spilled, limit: usi
         seen: BTreeMap::new(),
         prune_at: prune_points(code),
         lookups: 0,
+        by_context: BTreeMap::new(),
         spilled,
     };
     let mut state = State { registers: [Register::Unset; 11], stack: [Slot::Bytes(0); 64], numbers: [None; 64] };
@@ -391,11 +416,11 @@ pub fn verify(code: &[bpf_insn], maps: &[MapSizes], spilled: Spilled, limit: usi
     let mut verified = Verified::default();
     while let Some((mut at, mut state)) = waiting.pop() {
         loop {
+            verified.processed += 1;
+            ensure!(verified.processed <= limit, "more than {limit} instructions to follow");
             if verifier.is_seen(at, &state) {
                 break;
             }
-            verified.processed += 1;
-            ensure!(verified.processed <= limit, "more than {limit} instructions to follow");
             let next = verifier.step(at, &mut state, &mut waiting).with_context(|| format!("at {at}"))?;
             verified.waiting = verified.waiting.max(waiting.len());
             ensure!(waiting.len() <= MAX_WAITING, "{} ways wait", waiting.len());
@@ -505,6 +530,9 @@ impl Verifier<'_> {
             }
             (1, code) => {
                 let size = bytes(code);
+                let by_context = state.registers[from] == Register::Context;
+                let before = *self.by_context.entry(at).or_insert(by_context);
+                ensure!(before == by_context, "reads by the context, and by something else");
                 let loaded = self.load(state, state.registers[from], instruction.off.into(), size)?;
                 state.registers[to] = loaded;
             }
@@ -524,8 +552,10 @@ impl Verifier<'_> {
                 // 32 bits, or a change of byte order.
                 state.number(instruction.dst_reg())?;
                 ensure!(code >> 4 == 0xd, "an operation of 32 bits");
-                state.registers[to] = Register::Number(Number::of_bytes((instruction.imm / 8).into()));
+                state.registers[to] = Register::Number(Number::UNKNOWN);
             }
+            // Taken for a number where it was an address, before 4.19: the destination is forgotten before the source is read.
+            (_, 0xbf) if to == from => state.registers[to] = Register::Number(Number::UNKNOWN),
             (_, code) => {
                 let operand = if code & 8 == 0 {
                     Register::Number(Number::known(i64::from(instruction.imm).cast_unsigned()))
@@ -664,10 +694,11 @@ impl Verifier<'_> {
                 Argument::MemoryOrNull => register.is_pointer() || state.number(n)?.constant() == Some(0),
                 Argument::Size | Argument::SizeOrZero => {
                     let size = state.number(n)?;
-                    let or_zero = matches!(kind, Argument::SizeOrZero);
-                    ensure!(size.smin >= 0 && size.umax < MAX_VARIABLE, "an unbounded size: {size:?}");
-                    ensure!(or_zero || size.umin > 0, "a size that may be 0");
                     let memory = state.registers[usize::from(n) - 1];
+                    let none = matches!(kind, Argument::SizeOrZero) && matches!(memory, Register::Number(_));
+                    ensure!(size.smin >= 0 && size.umax < MAX_VARIABLE, "an unbounded size: {size:?}");
+                    // Of no memory only: check_stack_boundary() and check_map_access() of 4.14 refuse 0 bytes.
+                    ensure!(none || size.umin > 0, "a size that may be 0");
                     // A size that is not known must find all of it set.
                     let room = matches!(kinds[usize::from(n) - 2], Argument::Room) && size.constant().is_some();
                     if size.umax > 0 {
@@ -677,6 +708,15 @@ impl Verifier<'_> {
                 }
             };
             ensure!(check, "argument {n} of helper {helper} is {register:?}");
+        }
+        if let Some(map) = map {
+            let kind = self.maps.get(map).context("no such map")?.kind;
+            let fits = match helper {
+                12 => kind == PROG_ARRAY,
+                25 => kind == PERF_EVENT_ARRAY,
+                _ => !matches!(kind, PROG_ARRAY | PERF_EVENT_ARRAY),
+            };
+            ensure!(fits, "helper {helper} with map {map}, of type {kind}");
         }
         for register in &mut state.registers[1..=5] {
             *register = Register::Unset;
@@ -707,10 +747,12 @@ impl Verifier<'_> {
         let mut other = state.clone();
         match (left, right) {
             (Register::Number(number), Register::Number(with)) => {
-                // Only this way of knowing an outcome is as old as 4.14.
+                // Only this way of knowing an outcome is as old as 4.14; that a number is another one is known from 4.16 on.
                 if !by_register && matches!(operation, 0x1 | 0x5) && number.constant().is_some() {
                     let equal = number.constant() == Some(immediate);
-                    return Ok(if equal == (operation == 0x1) { taken } else { at + 1 });
+                    if equal || self.spilled == Spilled::Kept {
+                        return Ok(if equal == (operation == 0x1) { taken } else { at + 1 });
+                    }
                 }
                 if let Some(with) = with.constant() {
                     other.registers[to] = Register::Number(number.compared(operation, with, true));
@@ -805,26 +847,33 @@ fn compute(operation: u8, left: Register, right: Register) -> Result<Register> {
     }
     match (left, right) {
         (Register::Number(a), Register::Number(b)) => Ok(Register::Number(a.compute(operation, &b))),
-        // A way that cannot be gone: what is known of the number contradicts itself. Not a pointer any more, from 4.14.9 on.
-        (_, Register::Number(number)) | (Register::Number(number), _)
-            if number.umin > number.umax || number.smin > number.smax =>
-        {
-            Ok(Register::Number(Number::UNKNOWN))
-        }
-        (pointer, Register::Number(number)) | (Register::Number(number), pointer) if operation == 0 => {
+        // Not an address any more, from 4.14.9 on.
+        (_, Register::Number(number)) if number.is_absurd() => Ok(Register::Number(Number::UNKNOWN)),
+        (pointer, Register::Number(number)) if operation == 0 => {
             let constant = number.constant().map(u64::cast_signed);
-            match (pointer, constant) {
-                (Register::Stack(off), Some(by)) => Ok(Register::Stack(off + by)),
-                (Register::Packet { off, range }, Some(by)) => Ok(Register::Packet { off: off + by, range }),
-                (Register::Value { map, off, variable }, Some(by)) => {
-                    Ok(Register::Value { map, off: off + by, variable })
-                }
+            // check_reg_sane_offset()
+            let most = MAX_VARIABLE.cast_signed();
+            ensure!((1 - most..most).contains(&number.smin), "adds {number:?} to {pointer:?}");
+            let sum = match (pointer, constant) {
+                (Register::Stack(off), Some(by)) => Register::Stack(off + by),
+                (Register::Packet { off, range }, Some(by)) => Register::Packet { off: off + by, range },
+                (Register::Value { map, off, variable }, Some(by)) => Register::Value { map, off: off + by, variable },
                 (Register::Value { map, off, variable }, None) => {
-                    Ok(Register::Value { map, off, variable: variable.plus(&number) })
+                    Register::Value { map, off, variable: variable.plus(&number) }
                 }
                 (pointer, _) => bail!("adds to {pointer:?}"),
+            };
+            if let Register::Stack(off) | Register::Packet { off, .. } | Register::Value { off, .. } = sum {
+                ensure!((1 - most..most).contains(&off), "an address at {off}");
             }
+            if let Register::Value { variable, .. } = sum {
+                ensure!((1 - most..most).contains(&variable.smin), "an address at {variable:?}");
+            }
+            Ok(sum)
         }
+        // Until 0962590e5533 (4.20, and in later 4.14.y and 4.19.y) the sum is one of a map that adjust_ptr_min_max_vals() did not
+        // set, and check_map_access() reads from wherever that is.
+        (Register::Number(_), pointer) => bail!("adds {pointer:?} to a number"),
         (left, right) => bail!("operation {operation:#x} of {left:?} and {right:?}"),
     }
 }
