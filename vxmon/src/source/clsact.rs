@@ -84,10 +84,13 @@ fn made_by_vxmon(ifindex: u32) -> Result<bool, netlink::Error> {
     Ok(filters.iter().any(|filter| is_ours(filter) && filter.handle & 1 == 1))
 }
 
-/// Whether a vxmon made the filter.
+/// Whether a vxmon made the filter. The loader gives it the program's name, and none where programs have no names: before 4.15
+/// (cb4d2b3f03d8), and without CONFIG_BPF_EVENTS, as it asks for names with a tracepoint program.
 fn is_ours(filter: &Filter) -> bool {
     filter.handle >> 16 == HANDLE_MAJOR
-        && matches!(filter.name.as_deref(), Some(config::UPLINK_PROGRAM | config::VXLAN_PROGRAM))
+        && filter.kind == "bpf"
+        && filter.direct_action
+        && matches!(filter.name.as_deref(), Some(config::UPLINK_PROGRAM | config::VXLAN_PROGRAM | "") | None)
 }
 
 /// Whether a filter of vxmon's is there. Yes where that cannot be found out: a device that vanished is noticed elsewhere.
@@ -144,4 +147,27 @@ fn remove_leftovers_of(socket: &mut Socket, ifindex: u32) -> Result<bool, netlin
         }
     }
     Ok(removed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filters_of_vxmon_are_known_with_and_without_names() {
+        let filter = |handle, name: Option<&str>| Filter {
+            handle,
+            kind: "bpf".to_owned(),
+            name: name.map(ToOwned::to_owned),
+            direct_action: true,
+            ..Filter::default()
+        };
+        for name in [Some(config::UPLINK_PROGRAM), Some(config::VXLAN_PROGRAM), Some(""), None] {
+            assert!(is_ours(&filter(0x7678_0003, name)), "{name:?}");
+            assert!(!is_ours(&filter(0x7679_0003, name)), "{name:?}");
+            assert!(!is_ours(&Filter { direct_action: false, ..filter(0x7678_0003, name) }), "{name:?}");
+            assert!(!is_ours(&Filter { kind: "u32".to_owned(), ..filter(0x7678_0003, name) }), "{name:?}");
+        }
+        assert!(!is_ours(&filter(0x7678_0003, Some("from-container"))));
+    }
 }
