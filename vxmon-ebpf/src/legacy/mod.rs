@@ -21,6 +21,8 @@
 //!   piece of assembly ([`window::Integer`]). And whether an `Option` has something is not kept: behind the stack it is asked again,
 //!   with either answer. What goes on is in the map.
 //! - Map keys and new values must be on the stack before 4.18.
+//! - An address that is moved to the register it is in is a number from then on before 4.19, and one that is added to a number is of
+//!   no map before 4.20: see [`crate::skb::opaque`], [`window::Integer`].
 //! - `__sk_buff` ends at `data_end`, and kernel memory cannot be read: there is no metadata.
 
 pub mod maps;
