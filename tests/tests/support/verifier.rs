@@ -747,7 +747,7 @@ impl Verifier<'_> {
         let mut other = state.clone();
         match (left, right) {
             (Register::Number(number), Register::Number(with)) => {
-                // Only this way of knowing an outcome is as old as 4.14; that a number is another one is known from 4.16 on.
+                // Only this way of knowing an outcome is as old as 4.14; that a number is another one, 4.19 knows.
                 if !by_register && matches!(operation, 0x1 | 0x5) && number.constant().is_some() {
                     let equal = number.constant() == Some(immediate);
                     if equal || self.spilled == Spilled::Kept {
