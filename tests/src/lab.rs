@@ -395,7 +395,12 @@ impl Lab {
             settings.push((TXREHASH.to_owned(), u8::from(on).to_string()));
         }
         if let Some(seconds) = self.options.udp_timeout {
-            settings.push(("net.netfilter.nf_conntrack_udp_timeout".to_owned(), seconds.to_string()));
+            const UDP_TIMEOUT: &str = "net.netfilter.nf_conntrack_udp_timeout";
+            if !has_parameter(UDP_TIMEOUT) {
+                // A module that no rule has asked for yet. What is missing without it is said below.
+                let _ = cmd::run(Command::new("modprobe").arg("nf_conntrack"));
+            }
+            settings.push((UDP_TIMEOUT.to_owned(), seconds.to_string()));
         }
         settings.extend(self.options.sysctls.iter().cloned());
         self.a.sysctl(&settings)?;
