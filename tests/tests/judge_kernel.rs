@@ -247,7 +247,7 @@ impl Legacy {
     const SLOT: u32 = 1;
 
     fn load() -> Result<Self> {
-        let mut ebpf = vxmon::source::tc::legacy_object()?;
+        let mut ebpf = vxmon::source::programs::legacy_object()?;
         set_ports(&mut ebpf, legacy::PORTS_MAP)?;
         let mut slots: Array<_, [u8; PORTS]> = ebpf.map_mut(legacy::SLOTS_MAP).context("no slots")?.try_into()?;
         let mut table = [0; PORTS];

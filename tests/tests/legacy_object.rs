@@ -362,7 +362,7 @@ fn little_is_left_to_verify() -> Result<()> {
     if !skip::root_or_skip("legacy_object::little_is_left_to_verify") {
         return Ok(());
     }
-    let mut ebpf = vxmon::source::tc::legacy_object()?;
+    let mut ebpf = vxmon::source::programs::legacy_object()?;
     for (name, program) in ebpf.programs_mut() {
         let program: &mut SchedClassifier = program.try_into()?;
         let Some(verified) = program.info()?.verified_instruction_count() else {

@@ -16,7 +16,7 @@ use nix::time::{ClockId, clock_gettime};
 use vxmon::source::{
     btf::Layout,
     object::{self, Object},
-    tc::Table as Bytes,
+    programs::Table as Bytes,
 };
 use vxmon_common::{
     config::{self, Config, Device, Devices, device_flag, legacy, port_flag, skb_access},
@@ -217,7 +217,7 @@ fn load(layout: &Layout, config: Config, flags: u32) -> Result<Ebpf> {
 }
 
 fn load_legacy() -> Result<Ebpf> {
-    let mut ebpf = vxmon::source::tc::legacy_object()?;
+    let mut ebpf = vxmon::source::programs::legacy_object()?;
     fill(&mut ebpf, 0, [legacy::SLOTS_MAP, legacy::PORTS_MAP, legacy::DEVICES_MAP])?;
     Ok(ebpf)
 }
@@ -281,7 +281,7 @@ fn loading(table: &mut Table) -> Result<()> {
         table.line(&format!("{name}: verified and compiled"), took, "ms", &verified, Limit::None);
     }
     let start = Instant::now();
-    let mut ebpf = vxmon::source::tc::legacy_object()?;
+    let mut ebpf = vxmon::source::programs::legacy_object()?;
     let took = ms(start);
     let mut counts = Vec::new();
     for name in [config::UPLINK_PROGRAM, config::VXLAN_PROGRAM].into_iter().chain(legacy::STAGES) {

@@ -5,7 +5,8 @@
 //! start          which engine it is to be, and its start
 //! events         the stream of events, whatever carries it
 //! perf           events by perf buffers, for kernels without the ring buffer
-//! tc             the TC egress programs: loading, attaching, counters, events
+//! tc             the engine by TC egress programs: devices, attaching, counters, events
+//! programs       the TC programs in the kernel: loading, maps
 //! packet_socket  the engine without eBPF, on packet sockets
 //! userspace      the judge and its counting, for sources outside the kernel
 //! capture        packets of capture files
@@ -27,6 +28,7 @@ pub mod object;
 pub mod packet_socket;
 mod perf;
 mod probe;
+pub mod programs;
 pub mod start;
 pub mod stats;
 pub mod tc;

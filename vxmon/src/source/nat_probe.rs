@@ -30,8 +30,10 @@ use vxmon_common::{
 
 use super::{
     btf::{self, LayoutError},
-    object, stats,
-    tc::{Table, for_bpf},
+    object,
+    programs::Table,
+    stats,
+    tc::for_bpf,
 };
 use crate::{attribute::Observer, clock::monotonic, sandbox::Capability};
 

@@ -10,6 +10,7 @@ use super::{
     engine::Engine,
     packet_socket::PacketSocket,
     probe,
+    programs::Programs,
     tc::{Hook, Tc},
 };
 use crate::release::release;
@@ -117,7 +118,7 @@ fn tc(choice: &Choice, say: &dyn Fn(&str)) -> Result<Started> {
 
 /// The programs for kernels before 5.8.
 fn by_perf(choice: &Choice, say: &dyn Fn(&str)) -> Result<Box<dyn Engine>> {
-    let tc = Tc::load_legacy(choice.sample, choice.hook).with_context(|| kernel_needs("4.14"))?;
+    let programs = Programs::load_legacy(choice.sample).with_context(|| kernel_needs("4.14"))?;
     // Whoever asked for them by name knows.
     if choice.transport == Transport::Auto {
         say(
@@ -125,7 +126,7 @@ fn by_perf(choice: &Choice, say: &dyn Fn(&str)) -> Result<Box<dyn Engine>> {
              is accepted; conntrack entries are looked up by netlink",
         );
     }
-    Ok(Box::new(tc))
+    Ok(Box::new(Tc::new(programs, choice.hook)))
 }
 
 fn by_ring_buffer(choice: &Choice, say: &dyn Fn(&str)) -> Result<Box<dyn Engine>> {
@@ -140,7 +141,7 @@ fn by_ring_buffer(choice: &Choice, say: &dyn Fn(&str)) -> Result<Box<dyn Engine>
         layout.config.has_conntrack = 0;
     }
     let can_read = layout.config.has_skb + layout.config.has_conntrack;
-    let tc = load(&mut layout, choice.hook, say)?;
+    let tc = Tc::new(load(&mut layout, say)?, choice.hook);
     if can_read > 0 && layout.config.has_skb + layout.config.has_conntrack == 0 {
         return Ok(Box::new(tc)); // which was said
     }
@@ -155,16 +156,16 @@ fn by_ring_buffer(choice: &Choice, say: &dyn Fn(&str)) -> Result<Box<dyn Engine>
 }
 
 /// Loads the programs with as much as the kernel lets them read.
-fn load(layout: &mut Layout, hook: Hook, say: &dyn Fn(&str)) -> Result<Tc> {
-    let error = match Tc::load(layout, hook) {
-        Ok(tc) => return Ok(tc),
+fn load(layout: &mut Layout, say: &dyn Fn(&str)) -> Result<Programs> {
+    let error = match Programs::load(layout) {
+        Ok(programs) => return Ok(programs),
         Err(error) => error,
     };
     if layout.config.has_skb == skb_access::CAST {
         log::debug!("the skb cannot be read in place: {error}");
         layout.config.has_skb = skb_access::COPY;
         layout.cast = None;
-        return load(layout, hook, say);
+        return load(layout, say);
     }
     if layout.config.has_skb == skb_access::NONE && layout.config.has_conntrack == 0 {
         return Err(error).with_context(|| kernel_needs("5.8"));
@@ -172,9 +173,9 @@ fn load(layout: &mut Layout, hook: Hook, say: &dyn Fn(&str)) -> Result<Tc> {
     // Reading kernel memory may be forbidden (lockdown) where the rest is not.
     layout.config.has_skb = skb_access::NONE;
     layout.config.has_conntrack = 0;
-    let tc = Tc::load(layout, hook).with_context(|| kernel_needs("5.8"))?;
+    let programs = Programs::load(layout).with_context(|| kernel_needs("5.8"))?;
     say(&format!("vxmon: without the skb's metadata and conntrack entry: {error}"));
-    Ok(tc)
+    Ok(programs)
 }
 
 /// Bytes that `bpf_csum_diff()` takes at once: since 6.13 it sums in place (net/core/filter.c, "bpf_csum_diff: optimize"),
