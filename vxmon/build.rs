@@ -133,7 +133,7 @@ fn ebpf(root: &Path, out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Takes out what no loader reads: debug information, of which the BTF was made, and BTF itself where `btf` is false.
+/// Takes out debug information, of which the BTF was made and which no loader reads; and BTF itself where `btf` is false.
 fn slim(path: &Path, btf: bool) -> Result<()> {
     let bytes = fs::read(path)?;
     let mut object = Builder::read(bytes.as_slice())?;

@@ -143,7 +143,7 @@ impl<'node> GsoCounter<'node> {
         }
         let refused = match GsoCounter::start(&Netns::create("egress")?, "lo", 1500) {
             Ok(_) => false,
-            Err(error) if format!("{error:#}").contains("Operation not supported") => true,
+            Err(error) if is_older() && format!("{error:#}").contains("Operation not supported") => true,
             Err(error) => return Err(error),
         };
         if refused {
@@ -158,6 +158,13 @@ impl<'node> GsoCounter<'node> {
         let value = text.split_once("packets").and_then(|(_, rest)| rest.split_whitespace().next()?.parse().ok());
         value.with_context(|| format!("cannot read the counter from {text:?}"))
     }
+}
+
+/// Whether the kernel is from before the egress hook: else it is a fault not to have it.
+fn is_older() -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
+    (numbers.next(), numbers.next()) < (Some(5), Some(16))
 }
 
 impl Drop for GsoCounter<'_> {

@@ -19,8 +19,8 @@ use anyhow::{Result, bail};
 
 use crate::{Netns, Rules, Topology, cmd, rules, skip::has_parameter, traffic::Frame};
 
-/// Whether a retransmit gets another hash, and so a tunnel's packet another source port: since 5.19 a parameter, always since
-/// 4.10 without it.
+/// Whether a retransmit gets another hash, and so a tunnel's packet another source port: since 5.18 a parameter, always from
+/// 4.10 on before that.
 pub const TXREHASH: &str = "net.core.txrehash";
 /// Port of the HTTP service and of the pod behind it.
 pub const HTTP_PORT: u16 = 9153;

@@ -16,6 +16,7 @@
 //! - [`container`]: vxmon's image, run by runc.
 //! - [`skip`]: how a test says that it cannot run here. [`pace`]: limits on slow machines. [`facts`]: what goes into the table
 //!   of kernels.
+//! - [`scratch`]: a file for one test.
 //! - [`cmd`]: programs run to their end, with errors that say which one failed and why.
 //!
 //! # Use
@@ -47,6 +48,7 @@ pub mod lab;
 pub mod netns;
 pub mod pace;
 pub mod rules;
+pub mod scratch;
 pub mod skip;
 pub mod topology;
 pub mod traffic;
@@ -56,5 +58,6 @@ pub use capture::{Capture, Captured};
 pub use lab::{Family, Lab, LabOptions};
 pub use netns::Netns;
 pub use rules::{Backend, RuleForm, Rules};
+pub use scratch::Scratch;
 pub use topology::Topology;
 pub use vxmon::Vxmon;

@@ -5,7 +5,6 @@ mod support;
 use std::{
     fs,
     io::{BufRead, BufReader},
-    path::PathBuf,
     process::{Command, ExitStatus, Stdio},
     thread,
     time::{Duration, Instant},
@@ -15,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use vxmon_tests::{
-    Family, Lab, LabOptions, Netns, Rules, Vxmon,
+    Family, Lab, LabOptions, Netns, Rules, Scratch, Vxmon,
     lab::Side,
     skip,
     traffic::{self, HttpServer, OuterSum, UdpClient, UdpMode, UdpServer},
@@ -74,25 +73,6 @@ fn well_formed(stdout: &[String]) -> Result<Vec<Value>> {
     }
     ensure!(lines.last().is_some_and(|last| last["type"] == "summary"), "the last line is no summary");
     Ok(lines)
-}
-
-/// A temporary file, removed when dropped.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Self {
-        Self(std::env::temp_dir().join(format!("vxmon-attach-{name}-{}", std::process::id())))
-    }
-
-    fn text(&self) -> Result<&str> {
-        self.0.to_str().context("not UTF-8")
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::{
     fs,
     io::Write as _,
     os::unix::fs::PermissionsExt as _,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Output, Stdio},
     time::Duration,
 };
@@ -19,7 +19,7 @@ use vxmon::{
     source::capture::CaptureError,
 };
 use vxmon_tests::{
-    Backend, Captured, Family, Lab, LabOptions, RuleForm, Rules, Vxmon,
+    Backend, Captured, Family, Lab, LabOptions, RuleForm, Rules, Scratch, Vxmon,
     capture::{self, Recording},
     lab::Side,
     skip,
@@ -33,27 +33,6 @@ mod support;
 const JSON: [&str; 2] = ["--format", "json"];
 /// A time with microseconds: 2026-11-23T12:00:54.373945Z.
 const TIME: (u32, u32) = (1_795_435_254, 373_945);
-
-/// A file that is removed in the end.
-struct File(PathBuf);
-
-impl File {
-    fn named(name: &str) -> Self {
-        Self(std::env::temp_dir().join(format!("vxmon-check-{}-{name}", std::process::id())))
-    }
-
-    fn of(name: &str, bytes: &[u8]) -> Result<Self> {
-        let file = Self::named(name);
-        fs::write(&file.0, bytes)?;
-        Ok(file)
-    }
-}
-
-impl Drop for File {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
-}
 
 fn check(file: &Path, args: &[&str]) -> Result<Output> {
     Ok(Command::new(binary()?).arg("check").arg(file).args(args).output()?)
@@ -97,7 +76,7 @@ fn a_capture_gives_what_tcpdump_and_attach_say() -> Result<()> {
     for underlay in [Family::V4, Family::V6] {
         let lab = LabOptions { underlay, ..LabOptions::default() }.build()?;
         lab.rules(&Rules { backend: Backend::IptablesNft, ..Rules::default() })?;
-        let file = File::named("lab.pcap");
+        let file = Scratch::new("lab.pcap");
         let (packets, events) = recorded(&lab, &file.0, 3)?;
         let bad: Vec<&Captured> = packets.iter().filter(|packet| packet.bad).collect();
         ensure!(!bad.is_empty() && bad.len() == events.len(), "{} bad packets, {} events", bad.len(), events.len());
@@ -135,7 +114,7 @@ fn what_offload_fills_in_later_is_not_wrong() -> Result<()> {
     }
     let lab = LabOptions { uplink_tx_offload: true, ..LabOptions::default() }.build()?;
     lab.rules(&Rules { backend: Backend::IptablesNft, form: RuleForm::Fixed, ..Rules::default() })?;
-    let file = File::named("offload.pcap");
+    let file = Scratch::new("offload.pcap");
     let (packets, _) = recorded(&lab, &file.0, 2)?;
     ensure!(packets.iter().any(|packet| packet.bad), "tcpdump is content: the test shows nothing");
     let output = check(&file.0, &JSON)?;
@@ -308,7 +287,7 @@ fn what_cannot_be_told_is_said() -> Result<()> {
         ("cut", cut, ""),
     ];
     for (name, bytes, wanted) in cases {
-        let file = File::of(name, &bytes)?;
+        let file = Scratch::of(name, &bytes)?;
         let output = check(&file.0, &[])?;
         let said = said(&output);
         ensure!(output.status.code() == Some(2) && said.contains(wanted), "{name}: {output:?}");
@@ -324,7 +303,7 @@ fn what_cannot_be_told_is_said() -> Result<()> {
 /// Several files, one of them from a pipe; the wrong one decides.
 #[test]
 fn files_and_a_pipe_are_judged_together() -> Result<()> {
-    let good = File::of("good", &pcap(MICRO, 1, &Frame::default().bytes(), TIME.1, false))?;
+    let good = Scratch::of("good", &pcap(MICRO, 1, &Frame::default().bytes(), TIME.1, false))?;
     ensure!(check(&good.0, &[])?.status.code() == Some(0));
     let mut child = Command::new(binary()?)
         .arg("check")
@@ -354,7 +333,7 @@ fn the_commands_of_readme_run() -> Result<()> {
     let lab = LabOptions { uplink: "eth0".to_owned(), ..LabOptions::default() }.build()?;
     lab.rules(&Rules { backend: Backend::IptablesNft, ..Rules::default() })?;
     let _http = HttpServer::start(&lab.b, lab.pod_socket(Family::V4))?;
-    let directory = File::named("readme");
+    let directory = Scratch::new("readme");
     // tcpdump writes as a user of its own.
     fs::create_dir_all(&directory.0)?;
     fs::set_permissions(&directory.0, fs::Permissions::from_mode(0o777))?;

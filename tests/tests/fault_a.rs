@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use vxmon_tests::{
     Backend, Capture, Captured, Family, Lab, LabOptions, RuleForm, Rules, Vxmon,
     counters::{CtEntry, conntrack_vxlan, udp_csum_errors},
+    lab::TXREHASH,
     skip,
     traffic::{self, HttpServer, UdpClient, UdpServer},
     vxmon::{Finished, anomalies, by_packet_socket, sees_nat},
@@ -258,7 +259,7 @@ fn with_the_fixed_rules_there_is_silence() -> Result<()> {
 #[test]
 fn the_flow_stays_bad() -> Result<()> {
     let test = "the_flow_stays_bad";
-    if !skip::root_or_skip(test) || !has_fault_a(test)? {
+    if !skip::parameter_or_skip(test, TXREHASH) || !has_fault_a(test)? {
         return Ok(());
     }
     let lab = LabOptions { txrehash: Some(false), ..options(Family::V4) }.build()?;

@@ -104,7 +104,7 @@ fn fault_b_shows_with_each_backend_and_family() -> Result<()> {
     Ok(())
 }
 
-/// A retransmit has another source port (since 5.19 if `net.core.txrehash` is 1), hence a connection without NAT.
+/// A retransmit has another source port (since 5.18 if `net.core.txrehash` is 1), hence a connection without NAT.
 #[test]
 fn the_first_retransmit_gets_through() -> Result<()> {
     if !skip::root_or_skip("the_first_retransmit_gets_through") {

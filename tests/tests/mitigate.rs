@@ -67,7 +67,13 @@ fn the_fault_goes_and_comes_back() -> Result<()> {
         let ask = |lab: &Lab| traffic::http_get(&lab.a, lab.service_socket(Family::V4), BEFORE_RETRY);
         ensure!(ask(&lab).is_err() && vxmon.wait_events(1, LIMIT).len() == 1, "nothing to mitigate");
 
+        let before = lab.a.run("ethtool", &["-k", "flannel.1"])?;
         gives(&lab.a, &[], WAS_ON)?;
+        let after = lab.a.run("ethtool", &["-k", "flannel.1"])?;
+        let changed: Vec<&str> =
+            before.lines().zip(after.lines()).filter(|(old, new)| old != new).map(|(_, new)| new.trim()).collect();
+        ensure!(changed.iter().all(|line| line.starts_with("tx-") || line.starts_with("tcp-seg")), "{changed:#?}");
+        ensure!(changed.contains(&"tx-checksum-ip-generic: off"), "{changed:#?}");
         ensure!(!offload(&lab.a, "flannel.1")?, "it is on");
         let changes = vxmon.wait_type("offload", 1, LIMIT);
         ensure!(changes.iter().any(|change| change["state"] == "off" && change["why"] == "switched"), "{changes:?}");
@@ -78,7 +84,7 @@ fn the_fault_goes_and_comes_back() -> Result<()> {
         gives(&lab.a, &[], "flannel.1: tx-checksum-ip-generic is off already\n")?;
 
         gives(&lab.a, &["--revert"], "flannel.1: tx-checksum-ip-generic was off, is on now\n")?;
-        ensure!(offload(&lab.a, "flannel.1")?, "it is off");
+        ensure!(lab.a.run("ethtool", &["-k", "flannel.1"])? == before, "not all is as it was");
         lab.flush_conntrack()?;
         ensure!(ask(&lab).is_err() && vxmon.wait_events(2, LIMIT).len() == 2, "the fault did not come back");
         vxmon.stop()?.adds_up()?;
@@ -114,7 +120,22 @@ fn only_what_is_asked_for_is_switched() -> Result<()> {
         "flannel.1: tx-checksum-ip-generic is off already\nvxlan.other: tx-checksum-ip-generic is on, would be turned off\n",
     )?;
     ensure!(lab.a.run("ethtool", &["-k", "uplink"])? == uplink, "the uplink was switched");
-    Ok(())
+
+    // Switched though its output cannot be written, both of them.
+    let full = format!("{} mitigate flannel.1 vxlan.other --revert >/dev/full", binary()?.display());
+    let output = lab.a.command("sh").args(["-c", &full]).output()?;
+    ensure!(output.status.code() == Some(2) && String::from_utf8_lossy(&output.stderr).contains("No space left"));
+    gives(&lab.a, &["vxlan.other"], &WAS_ON.replace("flannel.1", "vxlan.other"))?;
+    ensure!(offload(&lab.a, "flannel.1")?, "it is off");
+
+    // Others decide packet by packet what an external one does.
+    lab.a.ip("link add cilium_vxlan type vxlan external dstport 8473\n")?;
+    let (code, stdout, stderr) = mitigate(within(&lab.a), &[])?;
+    ensure!(
+        code == Some(0) && !stdout.contains("cilium") && stderr.contains("cilium_vxlan is left alone"),
+        "{stdout}{stderr}"
+    );
+    gives(&lab.a, &["cilium_vxlan"], &WAS_ON.replace("flannel.1", "cilium_vxlan"))
 }
 
 #[test]

@@ -2,10 +2,10 @@
 
 use std::{collections::BTreeSet, fs, process::Command, time::Duration};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use serde_json::Value;
 use vxmon_tests::{
-    Family, LabOptions, Rules, Vxmon, cmd, skip,
+    Family, LabOptions, Rules, Scratch, Vxmon, cmd, skip,
     traffic::{self, HttpServer},
     vxmon::binary,
 };
@@ -13,25 +13,6 @@ use vxmon_tests::{
 const LIMIT: Duration = Duration::from_secs(10);
 /// The first SYN is sent again after a second.
 const BEFORE_RETRY: Duration = Duration::from_millis(600);
-
-/// A file of its own, which goes with this value.
-struct File(std::path::PathBuf);
-
-impl File {
-    fn named(name: &str) -> Self {
-        Self(std::env::temp_dir().join(format!("vxmon-{}-{name}", std::process::id())))
-    }
-
-    fn path(&self) -> Result<&str> {
-        self.0.to_str().context("not UTF-8")
-    }
-}
-
-impl Drop for File {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
-}
 
 #[test]
 fn the_capture_holds_what_was_reported() -> Result<()> {
@@ -42,8 +23,8 @@ fn the_capture_holds_what_was_reported() -> Result<()> {
         let lab = LabOptions { underlay, ..LabOptions::default() }.build()?;
         lab.rules(&Rules::default())?;
         let _http = HttpServer::start(&lab.b, lab.pod_socket(Family::V4))?;
-        let file = File::named("reported.pcapng");
-        let args = ["--format", "json", "--engine", engine, "--pcap", file.path()?];
+        let file = Scratch::new("reported.pcapng");
+        let args = ["--format", "json", "--engine", engine, "--pcap", file.text()?];
         let vxmon = Vxmon::attach(&lab.a, &args)?;
         for wanted in 1..=3 {
             ensure!(traffic::http_get(&lab.a, lab.service_socket(Family::V4), BEFORE_RETRY).is_err(), "connected");
@@ -60,7 +41,7 @@ fn the_capture_holds_what_was_reported() -> Result<()> {
         ensure!(told.len() == 3, "{told:?}");
 
         // The sum inside may still be pending, so the right value of the outer one is not what tcpdump computes.
-        let dump = cmd::run(Command::new("tcpdump").args(["-nvvr", file.path()?]))?;
+        let dump = cmd::run(Command::new("tcpdump").args(["-nvvr", file.text()?]))?;
         for (sport, seen, _) in &told {
             let digits = seen.trim_matches('"').trim_start_matches("0x").trim_start_matches('0');
             let words = format!("[bad udp cksum 0x{digits:0>4} -> ");
@@ -68,7 +49,7 @@ fn the_capture_holds_what_was_reported() -> Result<()> {
         }
         ensure!(dump.matches("bad udp cksum").count() == 3, "{dump}");
 
-        let check = Command::new(binary()?).args(["check", "--format", "json", file.path()?]).output()?;
+        let check = Command::new(binary()?).args(["check", "--format", "json", file.text()?]).output()?;
         ensure!(check.status.code() == Some(1), "{check:?}");
         let checked: Vec<Value> =
             serde_json::Deserializer::from_slice(&check.stdout).into_iter().collect::<Result<_, _>>()?;

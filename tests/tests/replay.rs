@@ -55,7 +55,7 @@ impl Transcript {
     }
 }
 
-/// Two nodes with the service, old rules, and no rehash of retransmits, as on the kernels of the report.
+/// Two nodes with the service, old rules, and no rehash of retransmits: as kernels before 4.10 have it, of which RHEL 7's is one.
 fn node(udpcsum: bool) -> Result<Lab> {
     let lab = LabOptions { udpcsum, txrehash: Some(false), ..LabOptions::default() }.build()?;
     Ok(lab)

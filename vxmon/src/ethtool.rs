@@ -19,7 +19,7 @@ const NAME: usize = 32;
 /// More features than any kernel has: what a driver or kernel claims beyond is not believed.
 const MOST: usize = 1024;
 
-/// Why a feature is not known.
+/// Why a feature is not known, or not switched.
 #[derive(Debug, thiserror::Error)]
 pub enum EthtoolError {
     /// No socket to ask by.
@@ -36,7 +36,9 @@ pub enum EthtoolError {
         source: io::Error,
     },
     /// The device does not let it be switched.
-    #[error("{feature} of {device} is fixed")]
+    #[error(
+        "{feature} of {device} stays as it is: the device does not let it be switched, or somebody switched it back"
+    )]
     Fixed {
         /// The feature, as ethtool names it.
         feature: &'static str,

@@ -308,7 +308,7 @@ pub struct Flow {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expected_recovery: Option<String>,
     /// Why that one: `conntrack-timeout`: it comes after the entry has expired; `source-port`: it is the next retry, and
-    /// retries change the outer source port (`net.core.txrehash`; without it, always since 4.10).
+    /// retries change the outer source port (`net.core.txrehash`; before 5.18 all of them from 4.10 on).
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("enum" = ["conntrack-timeout", "source-port", null]))]
     pub expected_by: Option<&'static str>,

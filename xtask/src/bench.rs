@@ -24,16 +24,20 @@ pub fn run() -> Result<()> {
         text += line;
         text.push('\n');
     })?;
-    // Of programs of whatever version the last runs in this clone had.
+    let path = vxmon.with_file_name("../bench.txt");
+    let write = |text: &str| fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()));
+    write(&text)?;
+    // Of programs of whatever version the last runs in this clone had: `docs/kernels.md` of it names them.
     let verified = match vm::verified()? {
         none if none.is_empty() => "not counted in this clone: `cargo xtask vm --only verifier`\n".to_owned(),
         counts => counts,
     };
-    let verified = format!("\ninstructions verified of 1,000,000, by kernel (`cargo xtask vm`)\n{verified}");
+    let verified = format!(
+        "\ninstructions verified of 1,000,000, by kernel, as `cargo xtask vm` last counted them in this clone\n{verified}"
+    );
     print!("{verified}");
     text += &verified;
-    let path = vxmon.with_file_name("../bench.txt");
-    fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    write(&text)?;
     proc::check(&command, status).context("not everything could be measured")?;
     println!("written to target/bench.txt");
     Ok(())

@@ -3,6 +3,7 @@
 use std::{
     fs::{File, OpenOptions},
     io::{self, Write},
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
@@ -144,11 +145,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     };
     let no_tc = privilege::check(&kind)?;
     let lines: Box<dyn Write + Send> = match &args.output {
-        Some(path) => Box::new(create(path)?),
+        Some(path) => Box::new(create(path, 0o666)?),
         None => Box::new(io::stdout()),
     };
     let capture = match &args.pcap {
-        Some(path) => Some(Box::new(create(path)?) as Box<dyn Write + Send>),
+        Some(path) => Some(Box::new(create(path, CAPTURE_MODE)?) as Box<dyn Write + Send>),
         None => None,
     };
     let outputs = Outputs { lines, capture, listeners: args.listen.listen()? };
@@ -198,9 +199,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     Ok(if args.exit_code && anomalies > 0 { ExitCode::from(1) } else { ExitCode::SUCCESS })
 }
 
-fn create(path: &Path) -> Result<File> {
+/// A capture holds a little payload.
+const CAPTURE_MODE: u32 = 0o600;
+
+/// A file that is empty now; `mode` if it is new.
+fn create(path: &Path, mode: u32) -> Result<File> {
     let mut options = OpenOptions::new();
-    options.create(true).write(true).truncate(true);
+    options.create(true).write(true).truncate(true).mode(mode);
     options.open(path).with_context(|| format!("cannot write to {}", path.display()))
 }
 

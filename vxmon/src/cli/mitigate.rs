@@ -1,7 +1,8 @@
-//! `vxmon mitigate`: turns off the one device feature without which neither fault comes up, for nodes and containers that have
-//! no ethtool. It changes nothing else, and keeps no record: `--revert` turns the feature on.
+//! `vxmon mitigate`: turns off the device feature without which neither fault comes up, for nodes and containers that have no
+//! ethtool. It keeps no record: `--revert` turns the feature on, whoever turned it off.
 
 use std::{
+    fmt::Write as _,
     io::{self, Write as _},
     path::PathBuf,
     process::ExitCode,
@@ -19,11 +20,11 @@ use crate::{
 /// Flags of `mitigate`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// VXLAN devices; without any, all of the network namespace.
+    /// VXLAN devices; without any, all of the network namespace but those that others control packet by packet (`external`).
     // Not from the environment, which in a container is that of `attach`, and may name uplinks.
     #[arg(value_name = "IFACE")]
     devices: Vec<String>,
-    /// Turn the offload on again.
+    /// Turn the offload on again, whoever turned it off.
     #[arg(long)]
     revert: bool,
     /// Only say what would be done.
@@ -39,17 +40,16 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if let Some(path) = &args.netns {
         netns::enter(path)?;
     }
-    let devices = choose(&args.devices)?;
+    let Chosen { devices, external } = choose(&args.devices)?;
     let mut features = Features::open(FEATURE)?;
-    let (mut changed, mut failed) = (false, false);
-    for device in &devices {
-        match switch(&mut features, device, args) {
+    // All of them before anything is told, which may fail.
+    let results: Vec<_> = devices.iter().map(|device| (device, switch(&mut features, device, args))).collect();
+    let (mut told, mut changed, mut failed) = (String::new(), false, false);
+    for (device, result) in results {
+        match result {
             Ok(Done { what, change }) => {
                 changed |= change;
-                match writeln!(io::stdout(), "{device}: {FEATURE} {what}") {
-                    Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(error.into()),
-                    _ => {}
-                }
+                let _ = writeln!(told, "{device}: {FEATURE} {what}");
             }
             Err(error) => {
                 failed = true;
@@ -57,42 +57,54 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             }
         }
     }
-    if changed && !args.revert {
-        say(
-            "vxmon: a device that is made anew has the offload on again, and flannel and Calico make theirs anew when they \
-             restart: `vxmon attach` tells of it",
-        );
+    for device in external {
+        say(&format!("vxmon: {device} is left alone, it is external: name it if its packets are the bad ones"));
     }
-    Ok(if failed { ExitCode::from(CANNOT) } else { ExitCode::SUCCESS })
+    match (changed, args.revert) {
+        (true, false) => say(
+            "vxmon: a device that is made anew, after a reboot for instance, has the offload on again: `vxmon attach` tells of it",
+        ),
+        (true, true) => say("vxmon: NAT can break these devices' packets again"),
+        (false, _) => {}
+    }
+    match io::stdout().lock().write_all(told.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("cannot write what was done"),
+        _ => Ok(if failed { ExitCode::from(CANNOT) } else { ExitCode::SUCCESS }),
+    }
 }
 
-/// The devices that are asked for. None is changed if one of them is none.
-fn choose(wanted: &[String]) -> Result<Vec<String>> {
+/// The devices that are asked for, and those that would have to be named.
+struct Chosen {
+    devices: Vec<String>,
+    external: Vec<String>,
+}
+
+/// None is changed if one of the names is wrong.
+fn choose(wanted: &[String]) -> Result<Chosen> {
     let links = Socket::open(Protocol::Route).and_then(|mut socket| link::links(&mut socket));
     let links = links.context("cannot list the network devices")?;
-    let vxlans = links.iter().filter(|link| link.vxlan.is_some());
-    let names: Vec<String> = vxlans.map(|link| link.name.clone()).collect();
+    let vxlans = || links.iter().filter_map(|link| Some((link, link.vxlan.as_ref()?)));
+    let names: Vec<&str> = vxlans().map(|(link, _)| link.name.as_str()).collect();
     if names.is_empty() {
         bail!(
-            "no VXLAN device in this network namespace: run it in the node's own (hostNetwork), or name one with --netns"
+            "no VXLAN device in this network namespace: it is to be the node's own (hostNetwork, or --netns /proc/1/ns/net)"
         );
     }
     if wanted.is_empty() {
-        return Ok(names);
+        let of =
+            |external| vxlans().filter(move |(_, vxlan)| vxlan.external == external).map(|(link, _)| link.name.clone());
+        return Ok(Chosen { devices: of(false).collect(), external: of(true).collect() });
     }
+    let there = || format!("{} {}", if names.len() == 1 { "is" } else { "are" }, names.join(", "));
     let find = |name: &String| {
         let known = links.iter().find(|link| link.name == *name || link.alternative_names.contains(name));
         match known {
             Some(link) if link.vxlan.is_some() => Ok(link.name.clone()),
-            Some(link) => bail!("{} is no VXLAN device; there {}", link.name, there(&names)),
-            None => bail!("no device named {name} in this network namespace; VXLAN devices: there {}", there(&names)),
+            Some(link) => bail!("{} is no VXLAN device; there {}", link.name, there()),
+            None => bail!("no device named {name} in this network namespace; of VXLAN devices, there {}", there()),
         }
     };
-    wanted.iter().map(find).collect()
-}
-
-fn there(names: &[String]) -> String {
-    format!("{} {}", if names.len() == 1 { "is" } else { "are" }, names.join(", "))
+    Ok(Chosen { devices: wanted.iter().map(find).collect::<Result<_>>()?, external: Vec::new() })
 }
 
 /// What was done, in words, and whether that changed anything.
@@ -122,7 +134,7 @@ fn switch(features: &mut Features, device: &str, args: &Args) -> Result<Done, Et
 fn advice(error: &EthtoolError) -> String {
     match error {
         EthtoolError::Ask { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
-            format!("{error}: it needs CAP_NET_ADMIN; run it as root (sudo vxmon mitigate), or with that capability")
+            format!("{error}: it needs CAP_NET_ADMIN, as root has it (in a container, add NET_ADMIN)")
         }
         _ => error.to_string(),
     }

@@ -38,7 +38,7 @@ enum Verb {
     Tail(tail::Args),
     /// Judge the packets of capture files, pcap or pcapng.
     Check(check::Args),
-    /// Turn off the checksum offload of VXLAN devices, without which NAT breaks no checksum.
+    /// Turn off the checksum offload of VXLAN devices: NAT then breaks no checksum of theirs.
     Mitigate(mitigate::Args),
     /// Write a shell's completions to standard output.
     Completions(generate::Completions),

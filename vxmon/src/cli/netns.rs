@@ -3,17 +3,20 @@
 use std::{fs::File, path::Path};
 
 use anyhow::{Context as _, Result, bail};
-use nix::sched::{CloneFlags, setns};
+use nix::{
+    errno::Errno,
+    sched::{CloneFlags, setns},
+};
 
 /// Moves this thread, before any other is started, to another network namespace.
 pub fn enter(path: &Path) -> Result<()> {
     let file = File::open(path).with_context(|| format!("cannot open the network namespace {}", path.display()))?;
     if let Err(errno) = setns(&file, CloneFlags::CLONE_NEWNET) {
-        bail!(
-            "cannot enter {}: {} (a network namespace? try /proc/PID/ns/net or /run/netns/NAME)",
-            path.display(),
-            errno.desc()
-        );
+        let way_out = match errno {
+            Errno::EPERM => "it needs CAP_SYS_ADMIN",
+            _ => "a network namespace? try /proc/PID/ns/net or /run/netns/NAME",
+        };
+        bail!("cannot enter {}: {} ({way_out})", path.display(), errno.desc());
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use super::{
     matching::{self, Outcome, Packet},
-    model::{Nat, NatKind, PERSISTENT, Part, RANDOM, RANDOM_FULLY, RuleId},
+    model::{Nat, NatKind, PERSISTENT, PROTO_SPECIFIED, Part, RANDOM, RANDOM_FULLY, RuleId},
     snapshot::{MarkChange, Snapshot},
 };
 
@@ -116,8 +116,9 @@ pub fn explain(snapshot: &Snapshot, question: &Question<'_>) -> Finding {
     let certain = fits.iter().find(|fit| !fit.outcome.assumed);
     let finding = match (candidates.as_slice(), certain) {
         ([], _) => {
-            // `nf_nat_alloc_null_binding()`, net/netfilter/nf_nat_core.c, which keeps the address.
-            let taken = if question.outer.src == Some(question.after.0) {
+            // `nf_nat_alloc_null_binding()`, net/netfilter/nf_nat_core.c, which keeps the address, and asks for no port.
+            let chosen = question.seen.is_some_and(|seen| seen & (RANDOM | RANDOM_FULLY | PROTO_SPECIFIED) != 0);
+            let taken = if question.outer.src == Some(question.after.0) && !chosen {
                 ", or its port was another connection's, and NAT drew one for it without any rule"
             } else {
                 ""

@@ -435,6 +435,8 @@ pub enum NatKind {
 
 /// NF_NAT_RANGE_PROTO_RANDOM: a random port.
 pub const RANDOM: u32 = 1 << 2;
+/// `NF_NAT_RANGE_PROTO_SPECIFIED`: ports were given.
+pub const PROTO_SPECIFIED: u32 = 1 << 1;
 /// NF_NAT_RANGE_PERSISTENT.
 pub const PERSISTENT: u32 = 1 << 3;
 /// NF_NAT_RANGE_PROTO_RANDOM_FULLY: a random port, from the whole range.

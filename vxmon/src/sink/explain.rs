@@ -49,7 +49,7 @@ pub fn explain(anomaly: &Anomaly, release: &str) -> Vec<Part> {
     if fault != Fault::Other {
         parts.extend(anomaly.nat.as_ref().and_then(rule));
         parts.extend(mark(anomaly));
-        parts.extend(then(anomaly, release));
+        parts.extend(then(anomaly));
     }
     parts.extend(to_do(anomaly, fault, release));
     parts
@@ -245,13 +245,7 @@ fn mark(anomaly: &Anomaly) -> Option<Part> {
     Some(part("mark", text))
 }
 
-fn then(anomaly: &Anomaly, release: &str) -> Option<Part> {
-    // net.core.txrehash, which may forbid it, is of 5.19.
-    let by = if version(release).is_some_and(|version| version < (5, 19, 0)) {
-        "the kernel rehashes them"
-    } else {
-        "net.core.txrehash"
-    };
+fn then(anomaly: &Anomaly) -> Option<Part> {
     let flow = anomaly.flow.as_ref()?;
     let expected = flow.expected_recovery.as_deref().map(super::text::time_of_day);
     let text = match (flow.expected_by, expected, flow.conntrack_timeout_s) {
@@ -259,7 +253,7 @@ fn then(anomaly: &Anomaly, release: &str) -> Option<Part> {
             "a retry had a new conntrack entry and was rewritten and broken again: waiting does not help".to_owned()
         }
         (Some("source-port"), Some(at), _) => format!(
-            "retries leave with another outer source port ({by}): the next one, expected about {at}, should get through"
+            "retries leave with another outer source port (net.core.txrehash, where the kernel has that): the next one, expected about {at}, should get through"
         ),
         (Some("conntrack-timeout"), Some(at), Some(seconds)) => format!(
             "each packet keeps the conntrack entry, and so the rewrite, for another {seconds} s: the first retry that comes later, \

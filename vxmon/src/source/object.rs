@@ -85,6 +85,18 @@ mod tests {
         assert_eq!(ALL.len(), embedded.filter(|line| !line.contains(" TEST:")).count());
     }
 
+    /// Sections are found by their names. Debug information is more than all the rest; without its BTF an object has no names of
+    /// types and lines, and with it the one for old kernels would not load there.
+    #[test]
+    fn debug_information_is_gone_and_btf_is_not() {
+        let has = |object: &[u8], name: &[u8]| object.windows(name.len()).any(|bytes| bytes == name);
+        for (name, object) in ALL {
+            assert!(!has(object, b".debug_"), "{name}");
+            assert_eq!(has(object, b".BTF.ext\0"), name != "vxmon-legacy", "{name}");
+            assert!(has(object, b".symtab\0"), "{name}");
+        }
+    }
+
     #[test]
     fn only_the_marked_calls_change() {
         let [a, b, c, d] = CAST.to_ne_bytes();

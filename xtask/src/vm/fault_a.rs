@@ -45,15 +45,14 @@ pub fn image(cache: &Cache) -> Result<Image> {
             let version = version.with_context(|| format!("{SOURCE} is not of a Debian package"))?;
             let name = format!("fault-a-{version}-{digest}");
             let log = cache.path(&format!("{name}.log"));
-            cache.entry(&name, |directory| {
-                build(directory, &log).with_context(|| DoesNotBuild(format!("linux-source-6.1 {version}")))
-            })?
+            let broken = DoesNotBuild(format!("linux-source-6.1 {version}"));
+            cache.entry(&name, |directory| build(directory, &log, broken))?
         }
     };
     Ok(Image { vmlinuz: entry.join("vmlinuz"), modules: None })
 }
 
-fn build(directory: &Path, log: &Path) -> Result<()> {
+fn build(directory: &Path, log: &Path, broken: DoesNotBuild) -> Result<()> {
     eprintln!(
         "vm: building the kernel with fault A, into {}: takes about 10 minutes on two cores",
         log.parent().unwrap_or(directory).display()
@@ -63,8 +62,9 @@ fn build(directory: &Path, log: &Path) -> Result<()> {
     fs::create_dir(&out)?;
     proc::run(Command::new("tar").args(["-xJf", SOURCE, "--strip-components=1", "-C"]).arg(&source))?;
     let patch = cargo::root()?.join("xtask/vm/fault-a.patch");
-    proc::run(Command::new("patch").args(["--quiet", "-p1", "-d"]).arg(&source).arg("-i").arg(&patch))?;
-    configure(&source, &out)?;
+    proc::run(Command::new("patch").args(["--quiet", "-p1", "-d"]).arg(&source).arg("-i").arg(&patch))
+        .and_then(|()| configure(&source, &out))
+        .context(broken)?;
     let jobs = std::thread::available_parallelism().map_or(1, usize::from) + 1;
     let mut make = make(&source, &out);
     make.arg(format!("-j{jobs}")).arg("bzImage").stdout(fs::File::create(log)?);

@@ -50,10 +50,13 @@ impl Kept {
             kernel["unavailable"] = why.lines().next().into();
         } else {
             kernel["unavailable"] = Value::Null;
-            kernel["title"] = report.title().into();
+            if let Some(release) = report.facts.get("release") {
+                kernel["title"] = release.clone().into();
+            }
         }
         // That a kernel does not build holds until it builds.
         if let Some(tests) = kernel["tests"].as_object_mut()
+            && report.unavailable.is_none()
             && !report.results.contains_key(BUILD)
         {
             tests.remove(BUILD);

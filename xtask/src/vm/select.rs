@@ -34,7 +34,7 @@ const ENDS: On = &["5.10", "newest"];
 /// What is run, in this order, and where: what depends on the kernel. The rest (manifests, log and metrics, readers of the live
 /// log) is the same everywhere, and the whole matrix of `no_false_alarm`, hundreds of labs, would take an emulated machine a
 /// day. All of this is meant to take an hour and a half on two cores.
-pub const LAB: [(Choice, On); 17] = [
+pub const LAB: [(Choice, On); 18] = [
     ((SMOKE, &[]), EACH),
     (("verifier", &[]), EACH),
     (("fault_a", &[]), EACH),
@@ -43,6 +43,7 @@ pub const LAB: [(Choice, On); 17] = [
     (("stacked", &[]), EACH),
     (("observed", &[]), EACH),
     (("capabilities", &[]), EACH),
+    (("mitigate", &[]), EACH),
     (("attach", &[]), ENDS),
     (("nat_rules", &[]), ENDS),
     (("packet_socket", &[]), ENDS),

@@ -276,10 +276,6 @@ fn what_comes_next_is_told_as_it_is_expected() {
     let by_port = with(Flow { expected_by: Some("source-port"), ..expected() });
     says(&by_port, &["net.core.txrehash", "12:01:57"]);
     says_not(&by_port, &["45 s"]);
-    let by_port = Anomaly { flow: Some(Flow { expected_by: Some("source-port"), ..expected() }), ..fault_b() };
-    let older = text_of(&by_port, "5.10.0-46-amd64", "then");
-    says(&older, &["rehashes", "12:01:57"]);
-    says_not(&older, &["txrehash"]);
     says(&with(Flow { conntrack_timeout_s: Some(30), ..Flow::default() }), &["30 s", "within that time"]);
     says(&with(Flow { rewritten_anew: true, ..expected() }), &["waiting does not help"]);
     assert_eq!(with(Flow::default()), "");
