@@ -21,6 +21,8 @@ pub struct Job {
     pub limit: u64,
     /// The tests are those of Rust's harness; else the job as a whole is one test.
     pub harness: bool,
+    /// All of its tests are run.
+    pub whole: bool,
 }
 
 impl Job {
@@ -36,7 +38,7 @@ impl Job {
             command.push(' ');
             command.push_str(word);
         }
-        Self { name: name.to_owned(), command, limit, harness: true }
+        Self { name: name.to_owned(), command, limit, harness: true, whole: filter.is_empty() }
     }
 
     /// A line of the file that `guest.sh` reads.

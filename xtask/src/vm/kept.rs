@@ -54,12 +54,11 @@ impl Kept {
                 kernel["title"] = release.clone().into();
             }
         }
-        // That a kernel does not build holds until it builds.
         if let Some(tests) = kernel["tests"].as_object_mut()
             && report.unavailable.is_none()
-            && !report.results.contains_key(BUILD)
         {
-            tests.remove(BUILD);
+            // That a kernel does not build holds until it builds; what a test binary no longer has is forgotten.
+            tests.retain(|name, _| name != BUILD && !report.whole.contains(binary(name)));
         }
         for (name, value) in report.facts.iter().filter(|(name, _)| *name != "release") {
             kernel["facts"][name] = value.clone().into();
@@ -220,9 +219,9 @@ fn rule(out: &mut String, columns: usize) {
 
 #[cfg(test)]
 mod tests_of_it {
-    use std::fs;
+    use std::{collections::BTreeSet, fs};
 
-    use super::Kept;
+    use super::{BUILD, Kept};
     use crate::vm::{job::Outcome, report::KernelReport};
 
     fn report(results: &[(&str, Outcome)]) -> KernelReport {
@@ -232,6 +231,7 @@ mod tests_of_it {
                 .map(|(name, value)| (name.to_owned(), value.to_owned()))
                 .into(),
             results: results.iter().map(|(name, outcome)| ((*name).to_owned(), outcome.clone())).collect(),
+            whole: BTreeSet::new(),
             unavailable: None,
             seconds: 1,
         }
@@ -245,6 +245,10 @@ mod tests_of_it {
         kept.add(&report(&[("recall::a", failed), ("recall::b", Outcome::Passed)]), "first").unwrap();
         kept.add(&report(&[("recall::a", Outcome::Passed), ("demo", Outcome::Skipped("no".to_owned()))]), "second")
             .unwrap();
+        let mut whole = report(&[("lab::new", Outcome::Passed)]);
+        kept.add(&report(&[("lab::old", Outcome::Passed), (BUILD, Outcome::Failed(String::new()))]), "third").unwrap();
+        whole.whole.insert("lab".to_owned());
+        kept.add(&whole, "fourth").unwrap();
         let kept = Kept::at(path.clone()).unwrap();
         fs::remove_file(path).unwrap();
         let text = kept.markdown();
@@ -255,6 +259,8 @@ mod tests_of_it {
         assert_eq!(row("recall"), "| recall | not run | not run | 2 | not run | not run | not run |");
         assert_eq!(row("demo"), "| demo | not run | not run | 1 skipped | not run | not run | not run |");
         assert!(row("test").contains("6.1 (6.1.0-1)"));
+        assert_eq!(row("lab"), "| lab | not run | not run | 1 | not run | not run | not run |");
+        assert!(!text.contains("| kernel |"));
         assert!(text.contains("- 6.1: `demo` skipped: no\n") && !text.contains("1 is not 2"));
         assert!(text.contains("- first: 6.1\n") && text.contains("- second: 6.1\n"));
     }

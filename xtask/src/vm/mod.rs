@@ -18,7 +18,7 @@ mod report;
 mod select;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     ops::Add as _,
     path::{Path, PathBuf},
@@ -186,6 +186,7 @@ fn run_one(kernel: &Kernel, jobs: &[Job], update: bool, accel: Accel) -> Result<
     let mut report = KernelReport {
         name: kernel.name.to_owned(),
         facts: BTreeMap::new(),
+        whole: BTreeSet::new(),
         results: BTreeMap::new(),
         unavailable: None,
         seconds: 0,
@@ -245,7 +246,11 @@ fn run_one(kernel: &Kernel, jobs: &[Job], update: bool, accel: Accel) -> Result<
     }
     report.seconds = start.elapsed().as_secs();
     for job in jobs {
-        for (name, outcome) in job::results(job, &run)?.unwrap_or_default() {
+        let results = job::results(job, &run)?;
+        if job.whole && results.is_some() {
+            report.whole.insert(job.name.clone());
+        }
+        for (name, outcome) in results.unwrap_or_default() {
             report.results.insert(if job.harness { format!("{}::{name}", job.name) } else { name }, outcome);
         }
         read_facts(&run.join(format!("{}.facts", job.name)), &mut report.facts);

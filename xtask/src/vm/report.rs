@@ -1,6 +1,9 @@
 //! What the lab prints: a table of kernel and test for people, and the same as JSON.
 
-use std::{collections::BTreeMap, fmt::Write as _};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+};
 
 use serde_json::{Value, json};
 
@@ -17,6 +20,8 @@ pub struct KernelReport {
     pub name: String,
     /// What the guest says of itself (`release`, `btf`, …) and what its tests measured.
     pub facts: BTreeMap<String, String>,
+    /// The test binaries of which all tests ran.
+    pub whole: BTreeSet<String>,
     /// By test, named `BINARY::TEST`.
     pub results: BTreeMap<String, Outcome>,
     /// Why the kernel could not be had.

@@ -145,11 +145,11 @@ fn make(choices: &[(String, Vec<String>)], vxmon: &Path) -> Result<Vec<Job>> {
             SMOKE => {
                 let script = cargo::root()?.join("xtask/vm/smoke.sh");
                 let command = format!("sh '{}' '{}' /run/results/{SMOKE}.facts", script.display(), vxmon.display());
-                Ok(Job { name: SMOKE.to_owned(), command, limit: SMOKE_LIMIT, harness: false })
+                Ok(Job { name: SMOKE.to_owned(), command, limit: SMOKE_LIMIT, harness: false, whole: true })
             }
             DEMO => {
                 let command = format!("'{}' demo --binary '{}'", std::env::current_exe()?.display(), vxmon.display());
-                Ok(Job { name: DEMO.to_owned(), command, limit: DEMO_LIMIT, harness: false })
+                Ok(Job { name: DEMO.to_owned(), command, limit: DEMO_LIMIT, harness: false, whole: true })
             }
             name => {
                 let binary: &PathBuf = binaries.get(name).with_context(|| format!("cargo built no test {name}"))?;
