@@ -95,17 +95,17 @@ pub struct Programs {
 }
 
 impl Programs {
-    /// Loads those for kernels from 5.8 on, with these settings.
-    pub fn load(layout: &Layout) -> Result<Self, TcError> {
+    /// Loads those for kernels from 5.8 on, with these settings, by a new loader.
+    pub fn load(layout: &Layout, loader: EbpfLoader<'_>) -> Result<Self, TcError> {
         // At 0 the verifier drops the program's log lines altogether.
         let log_level = if log::log_enabled!(log::Level::Debug) { aya_log::Level::Debug as u8 } else { 0 };
-        let mut ebpf = EbpfLoader::new()
-            .btf(None)
-            .verifier_log_level(VerifierLogLevel::STATS)
-            .override_global(config::CONFIG, &layout.config, true)
-            .override_global(aya_log::LEVEL, &log_level, true)
-            .load(Object::new(object::MAIN, layout.cast).bytes())
-            .map_err(|error| refused("object", &error))?;
+        let object = Object::new(object::MAIN, layout.cast);
+        // For as long as what it is told of here.
+        let mut loader = loader;
+        loader.btf(None).verifier_log_level(VerifierLogLevel::STATS);
+        loader.override_global(config::CONFIG, &layout.config, true);
+        loader.override_global(aya_log::LEVEL, &log_level, true);
+        let mut ebpf = loader.load(object.bytes()).map_err(|error| refused("object", &error))?;
         load_programs(&mut ebpf)?;
         let log = if log_level > 0 {
             Some(EbpfLogger::init(&mut ebpf).map_err(|error| refused("log", &error))?)

@@ -1,7 +1,9 @@
 //! Which engine it is to be, and its start: what was asked for, or the best that this kernel and these privileges allow.
 
+use std::thread;
+
 use anyhow::{Context as _, Result, bail};
-use aya::{maps::MapType, sys::is_map_supported};
+use aya::{EbpfLoader, maps::MapType, sys::is_map_supported};
 use vxmon_common::config::skb_access;
 
 use super::{
@@ -134,14 +136,20 @@ fn by_ring_buffer(choice: &Choice, say: &dyn Fn(&str)) -> Result<Box<dyn Engine>
     if !choice.ring_buffer || matches!(is_map_supported(MapType::RingBuf), Ok(false)) {
         bail!("this kernel has no eBPF ring buffer (Linux 5.8)");
     }
-    let mut layout = if choice.btf { Layout::detect() } else { Layout::without("not used, as asked for") };
+    let detect = || if choice.btf { Layout::detect() } else { Layout::without("not used, as asked for") };
+    // Each reads the kernel's BTF, a loader whether or not it is to use it: some 10 ms each.
+    let (mut layout, loader, csum_chunk) = thread::scope(|scope| {
+        let chunk = scope.spawn(csum_chunk);
+        let (layout, loader) = (detect(), EbpfLoader::new());
+        (layout, loader, chunk.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    });
     layout.config.sample = choice.sample;
-    layout.config.csum_chunk = csum_chunk();
+    layout.config.csum_chunk = csum_chunk;
     if !choice.skb_conntrack {
         layout.config.has_conntrack = 0;
     }
     let can_read = layout.config.has_skb + layout.config.has_conntrack;
-    let tc = Tc::new(load(&mut layout, say)?, choice.hook);
+    let tc = Tc::new(load(&mut layout, loader, say)?, choice.hook);
     if can_read > 0 && layout.config.has_skb + layout.config.has_conntrack == 0 {
         return Ok(Box::new(tc)); // which was said
     }
@@ -156,8 +164,8 @@ fn by_ring_buffer(choice: &Choice, say: &dyn Fn(&str)) -> Result<Box<dyn Engine>
 }
 
 /// Loads the programs with as much as the kernel lets them read.
-fn load(layout: &mut Layout, say: &dyn Fn(&str)) -> Result<Programs> {
-    let error = match Programs::load(layout) {
+fn load(layout: &mut Layout, loader: EbpfLoader<'_>, say: &dyn Fn(&str)) -> Result<Programs> {
+    let error = match Programs::load(layout, loader) {
         Ok(programs) => return Ok(programs),
         Err(error) => error,
     };
@@ -165,7 +173,7 @@ fn load(layout: &mut Layout, say: &dyn Fn(&str)) -> Result<Programs> {
         log::debug!("the skb cannot be read in place: {error}");
         layout.config.has_skb = skb_access::COPY;
         layout.cast = None;
-        return load(layout, say);
+        return load(layout, EbpfLoader::new(), say);
     }
     if layout.config.has_skb == skb_access::NONE && layout.config.has_conntrack == 0 {
         return Err(error).with_context(|| kernel_needs("5.8"));
@@ -173,7 +181,7 @@ fn load(layout: &mut Layout, say: &dyn Fn(&str)) -> Result<Programs> {
     // Reading kernel memory may be forbidden (lockdown) where the rest is not.
     layout.config.has_skb = skb_access::NONE;
     layout.config.has_conntrack = 0;
-    let programs = Programs::load(layout).with_context(|| kernel_needs("5.8"))?;
+    let programs = Programs::load(layout, EbpfLoader::new()).with_context(|| kernel_needs("5.8"))?;
     say(&format!("vxmon: without the skb's metadata and conntrack entry: {error}"));
     Ok(programs)
 }
