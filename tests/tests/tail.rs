@@ -257,8 +257,8 @@ fn follow_survives_restarts() -> Result<()> {
     follower.child.kill()?;
     let (rest, _, said) = follower.end()?;
     ensure!(rest.is_empty(), "{rest}");
-    // Told once each time, not at each attempt.
-    ensure!(said.lines().count() == 4 && said.lines().all(|line| line.contains("waiting for")), "{said}");
+    // Told once each time, not at each attempt; the last time it may have been killed before.
+    ensure!((3..=4).contains(&said.lines().count()) && said.lines().all(|line| line.contains("waiting for")), "{said}");
     Ok(())
 }
 
