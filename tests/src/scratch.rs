@@ -1,6 +1,6 @@
 //! A file, or a directory, for one test.
 
-use std::{env, fs, path::PathBuf, process};
+use std::{env, fs, os::unix::fs::PermissionsExt as _, path::PathBuf, process};
 
 use anyhow::{Context, Result};
 
@@ -20,6 +20,14 @@ impl Scratch {
         let file = Self::new(name);
         fs::write(&file.0, bytes)?;
         Ok(file)
+    }
+
+    /// A directory that others may look into.
+    pub fn directory(name: &str) -> Result<Self> {
+        let directory = Self::new(name);
+        fs::create_dir_all(&directory.0)?;
+        fs::set_permissions(&directory.0, fs::Permissions::from_mode(0o755))?;
+        Ok(directory)
     }
 
     /// The path.

@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use vxmon_tests::{
-    Family, Lab, LabOptions, Netns, Rules, Vxmon, cmd,
+    Family, Lab, LabOptions, Netns, Rules, Scratch, Vxmon, cmd,
     counters::udp_csum_errors,
     lab::{Side, ethtool},
     skip,
@@ -78,23 +78,6 @@ fn until_sample(node: &Netns, name: &str, labels: &[&str], wanted: f64) -> Resul
     })
 }
 
-/// A temporary directory, removed when dropped.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Result<Self> {
-        let path = std::env::temp_dir().join(format!("vxmon-metrics-{name}-{}", std::process::id()));
-        fs::create_dir_all(&path)?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
 fn deploy(file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy").join(file)
 }
@@ -113,7 +96,7 @@ fn the_numbers_are_those_of_the_summary() -> Result<()> {
     let lab = LabOptions::default().build()?;
     lab.rules(&Rules::default())?;
     let _server = HttpServer::start(&lab.b, lab.pod_socket(Family::V4))?;
-    let socket = Scratch::new("numbers")?;
+    let socket = Scratch::directory("numbers")?;
     let vxmon = attach(&lab, &["--socket", &socket.0.join("s").display().to_string()])?;
     let from_start = samples(&get(&lab.a, "/metrics", &[])?);
     // There from the start, at 0: what appears later with 1 did not increase to Prometheus.
@@ -366,7 +349,7 @@ struct Prometheus<'lab> {
 
 impl<'lab> Prometheus<'lab> {
     fn start(node: &'lab Netns) -> Result<Self> {
-        let directory = Scratch::new("prometheus")?;
+        let directory = Scratch::directory("prometheus")?;
         let config = format!(
             "global: {{ scrape_interval: 1s, evaluation_interval: 1s }}\nrule_files: [\"{}\"]\n\
              scrape_configs: [{{ job_name: vxmon, static_configs: [{{ targets: [\"127.0.0.1:{PORT}\"] }}] }}]\n",
@@ -428,7 +411,7 @@ fn a_real_prometheus_scrapes_a_live_lab_and_alerts() -> Result<()> {
     lab.rules(&Rules::default())?;
     let _server = HttpServer::start(&lab.b, lab.pod_socket(Family::V4))?;
     let statistics = BpfStatistics::on()?;
-    let socket = Scratch::new("scraped")?;
+    let socket = Scratch::directory("scraped")?;
     let vxmon = attach(&lab, &["--socket", &socket.0.join("s").display().to_string()])?;
     let prometheus = Prometheus::start(&lab.a)?;
     let broken = "sum(vxmon_packets_total{verdict=\"nat-stale-port\"})";

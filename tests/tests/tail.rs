@@ -5,11 +5,10 @@ use std::{
     io::{BufRead, BufReader, Read, Write},
     net::Shutdown,
     os::unix::{
-        fs::{MetadataExt, PermissionsExt, symlink},
+        fs::{MetadataExt, symlink},
         net::{UnixListener, UnixStream},
         process::CommandExt,
     },
-    path::PathBuf,
     process::{Child, Command, Output, Stdio},
     thread,
     time::{Duration, Instant},
@@ -18,7 +17,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use vxmon_tests::{
-    Lab, LabOptions, Vxmon, skip,
+    Lab, LabOptions, Scratch, Vxmon, skip,
     traffic::{self, OuterSum, RawSender},
     vxmon::{self, Finished},
 };
@@ -34,26 +33,8 @@ const KEPT: u64 = 1024;
 /// A user and group without any right.
 const NOBODY: u32 = 65534;
 
-/// A directory for sockets, removed when dropped.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Result<Self> {
-        let path = std::env::temp_dir().join(format!("vxmon-tail-{name}-{}", std::process::id()));
-        fs::create_dir_all(&path)?;
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
-        Ok(Self(path))
-    }
-
-    fn socket(&self) -> String {
-        self.0.join("vxmon.sock").display().to_string()
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
+fn socket(directory: &Scratch) -> String {
+    directory.0.join("vxmon.sock").display().to_string()
 }
 
 fn send_bad(lab: &Lab, sport: u16) -> Result<()> {
@@ -140,8 +121,8 @@ fn readers_get_the_backlog_and_then_live_lines() -> Result<()> {
     if !skip::root_or_skip("readers_get_the_backlog_and_then_live_lines") {
         return Ok(());
     }
-    let (lab, scratch) = (LabOptions::default().build()?, Scratch::new("backlog")?);
-    let socket = scratch.socket();
+    let (lab, scratch) = (LabOptions::default().build()?, Scratch::directory("backlog")?);
+    let socket = socket(&scratch);
     let vxmon = attach(&lab, &socket)?;
     for sport in 20_000..20_003 {
         send_bad(&lab, sport)?;
@@ -201,10 +182,10 @@ fn tail_ends_quietly_when_its_output_is_closed() -> Result<()> {
     if !skip::root_or_skip("tail_ends_quietly_when_its_output_is_closed") {
         return Ok(());
     }
-    let (lab, scratch) = (LabOptions::default().build()?, Scratch::new("closed")?);
-    let vxmon = attach(&lab, &scratch.socket())?;
+    let (lab, scratch) = (LabOptions::default().build()?, Scratch::directory("closed")?);
+    let vxmon = attach(&lab, &socket(&scratch))?;
     for follow in [&[][..], &["--follow"]] {
-        let mut reader = Tail::start(&[&["--socket", &scratch.socket()], follow].concat())?;
+        let mut reader = Tail::start(&[&["--socket", &socket(&scratch)], follow].concat())?;
         let line = reader.line()?;
         ensure!(line.contains("watched as"), "{line}");
         let Tail { child, stdout } = &mut reader;
@@ -229,8 +210,8 @@ fn follow_survives_restarts() -> Result<()> {
     if !skip::root_or_skip("follow_survives_restarts") {
         return Ok(());
     }
-    let (lab, scratch) = (LabOptions::default().build()?, Scratch::new("follow")?);
-    let socket = scratch.socket();
+    let (lab, scratch) = (LabOptions::default().build()?, Scratch::directory("follow")?);
+    let socket = socket(&scratch);
     // Before there is any monitor; without --follow it says so.
     let none = tail(&["--socket", &socket])?;
     let said = String::from_utf8(none.stderr)?;
@@ -268,8 +249,8 @@ fn a_reader_that_never_reads_holds_up_nobody() -> Result<()> {
     if !skip::root_or_skip("a_reader_that_never_reads_holds_up_nobody") {
         return Ok(());
     }
-    let (lab, scratch) = (LabOptions::default().build()?, Scratch::new("slow")?);
-    let socket = scratch.socket();
+    let (lab, scratch) = (LabOptions::default().build()?, Scratch::directory("slow")?);
+    let socket = socket(&scratch);
     let vxmon = attach(&lab, &socket)?;
     let mut slow = UnixStream::connect(&socket)?;
     slow.write_all(b"{}\n")?;
@@ -326,8 +307,8 @@ fn garbage_is_refused_and_hurts_nobody() -> Result<()> {
     if !skip::root_or_skip("garbage_is_refused_and_hurts_nobody") {
         return Ok(());
     }
-    let (lab, scratch) = (LabOptions::default().build()?, Scratch::new("garbage")?);
-    let socket = scratch.socket();
+    let (lab, scratch) = (LabOptions::default().build()?, Scratch::directory("garbage")?);
+    let socket = socket(&scratch);
     let mut vxmon = attach(&lab, &socket)?;
     let mut good = Tail::start(&["--socket", &socket, "--format", "json", "--verdict", "bad-outer"])?;
     let noise: Vec<u8> = (0..100_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
@@ -367,8 +348,8 @@ fn hundreds_of_connections_are_bounded() -> Result<()> {
     if !skip::root_or_skip("hundreds_of_connections_are_bounded") {
         return Ok(());
     }
-    let (lab, scratch) = (LabOptions::default().build()?, Scratch::new("many")?);
-    let socket = scratch.socket();
+    let (lab, scratch) = (LabOptions::default().build()?, Scratch::directory("many")?);
+    let socket = socket(&scratch);
     let vxmon = attach(&lab, &socket)?;
     let descriptors = || Ok::<_, anyhow::Error>(fs::read_dir(format!("/proc/{}/fd", vxmon.pid()))?.count());
     // The second device's come a moment after it is said that the first is attached.
@@ -409,8 +390,8 @@ fn only_one_listens_and_a_stale_file_is_replaced() -> Result<()> {
     if !skip::root_or_skip("only_one_listens_and_a_stale_file_is_replaced") {
         return Ok(());
     }
-    let (lab, scratch) = (LabOptions::default().build()?, Scratch::new("one")?);
-    let socket = scratch.socket();
+    let (lab, scratch) = (LabOptions::default().build()?, Scratch::directory("one")?);
+    let socket = socket(&scratch);
     // A file that nobody listens on any more.
     drop(UnixListener::bind(&socket)?);
     let vxmon = attach(&lab, &socket)?;
@@ -440,7 +421,7 @@ fn what_is_not_its_own_is_never_deleted() -> Result<()> {
     if !skip::root_or_skip("what_is_not_its_own_is_never_deleted") {
         return Ok(());
     }
-    let (lab, scratch) = (LabOptions::default().build()?, Scratch::new("foreign")?);
+    let (lab, scratch) = (LabOptions::default().build()?, Scratch::directory("foreign")?);
     let (file, link, directory) = (scratch.0.join("file"), scratch.0.join("link"), scratch.0.join("directory"));
     fs::write(&file, "precious")?;
     symlink(&file, &link)?;
@@ -455,7 +436,7 @@ fn what_is_not_its_own_is_never_deleted() -> Result<()> {
     let unlike = Vxmon::start(&lab.a, &["--socket", "/proc/no/such/vxmon.sock"])?.wait(LIMIT)?;
     refused(&unlike, "/proc/no/such")?;
 
-    let socket = scratch.socket();
+    let socket = socket(&scratch);
     let vxmon = attach(&lab, &socket)?;
     fs::remove_file(&socket)?;
     let _other = UnixListener::bind(&socket)?;
@@ -470,8 +451,8 @@ fn only_the_user_and_the_group_given_may_read() -> Result<()> {
     if !skip::root_or_skip("only_the_user_and_the_group_given_may_read") {
         return Ok(());
     }
-    let (lab, scratch) = (LabOptions::default().build()?, Scratch::new("mode")?);
-    let socket = scratch.socket();
+    let (lab, scratch) = (LabOptions::default().build()?, Scratch::directory("mode")?);
+    let socket = socket(&scratch);
     // The binary's own directory may be closed to others.
     let copy = scratch.0.join("vxmon");
     fs::copy(vxmon::binary()?, &copy)?;
