@@ -6,7 +6,10 @@ use std::collections::BTreeMap;
 use jiff::{Timestamp, fmt::temporal::DateTimePrinter};
 use schemars::{JsonSchema, Schema};
 use serde::Serialize;
-use vxmon_common::judge::{State, Verdict};
+use vxmon_common::{
+    event::{self, event_flag},
+    judge::{State, Verdict},
+};
 
 /// Name and version of the schema.
 pub const SCHEMA: &str = "vxmon.event/1";
@@ -115,7 +118,7 @@ pub struct Anomaly {
     /// Sections that are null, and why.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub missing: BTreeMap<&'static str, String>,
-    /// For capture files; no part of the event.
+    /// For a capture file, if there is one; no part of the event.
     #[serde(skip)]
     pub packet: Packet,
 }
@@ -129,6 +132,16 @@ pub struct Packet {
     pub len: u32,
     /// It begins with its IP header.
     pub bare: bool,
+}
+
+impl From<&event::Event> for Packet {
+    fn from(event: &event::Event) -> Self {
+        Self {
+            head: event.head.iter().take(event.head_len as usize).copied().collect(),
+            len: event.len,
+            bare: event.flags & event_flag::BARE != 0,
+        }
+    }
 }
 
 /// A checksum field. Values are hexadecimal, in network order.

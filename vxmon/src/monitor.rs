@@ -22,8 +22,8 @@ use crate::{
     clock::{monotonic, now, wall_clock},
     devices::{Plan, Selection, Snapshot, Watch, offload::Offloads, plan},
     event::{
-        Anomalies, Attached, Connections, Detached, DeviceSummary, Line, Lost, LostByStage, Offload, Packets, Record,
-        Summary,
+        Anomalies, Attached, Connections, Detached, DeviceSummary, Line, Lost, LostByStage, Offload, Packet, Packets,
+        Record, Summary,
     },
     held::Held,
     netlink::{
@@ -541,7 +541,10 @@ impl<'a> Daemon<'a> {
     fn report(&mut self, decoded: &Decoded) {
         let ifindex = decoded.event.ifindex;
         let device = self.account(ifindex).dev.clone();
-        let attributed = self.attributor.attribute(decoded, &device, wall_clock(decoded.event.time_ns));
+        let mut attributed = self.attributor.attribute(decoded, &device, wall_clock(decoded.event.time_ns));
+        if self.capture.is_some() {
+            attributed.anomaly.packet = Packet::from(&decoded.event);
+        }
         if attributed.verdict != attributed.counted {
             let packets = attributed.anomaly.suppressed.saturating_add(1);
             self.account(ifindex).rename(attributed.counted, attributed.verdict, packets);

@@ -272,11 +272,7 @@ impl Attributor {
             flow,
             suppressed: event.suppressed,
             missing,
-            packet: event::Packet {
-                head: event.head.iter().take(event.head_len as usize).copied().collect(),
-                len: event.len,
-                bare: event.flags & event_flag::BARE != 0,
-            },
+            packet: event::Packet::default(),
         };
         Attributed { anomaly, counted, verdict, pending }
     }

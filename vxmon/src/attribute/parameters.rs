@@ -44,8 +44,7 @@ impl Reader {
             Some((then, parameters)) if now.abs_diff(then) < SECOND => parameters,
             _ => {
                 let version = || release().as_deref().and_then(version);
-                let parameters =
-                    Parameters { txrehash: rehashes(client_rehashes(), version), ..read(Path::new("/proc/sys/net")) };
+                let parameters = read(Path::new("/proc/sys/net"), rehashes(client_rehashes(), version));
                 self.read = Some((now, parameters));
                 parameters
             }
@@ -75,14 +74,14 @@ fn rehashes(of_client: Result<libc::c_int, Errno>, version: impl FnOnce() -> Opt
     }
 }
 
-/// Those below `net`. What is not there or not a number is not known.
-fn read(net: &Path) -> Parameters {
+/// Those below `net`, beside the one that a socket tells. What is not there or not a number is not known.
+fn read(net: &Path, txrehash: Option<bool>) -> Parameters {
     let number = |path: &str| fs::read_to_string(net.join(path)).ok()?.trim().parse::<u32>().ok();
     let seconds = |path: &str| number(path).map(|seconds| u64::from(seconds) * SECOND);
     Parameters {
         udp_timeout: seconds("netfilter/nf_conntrack_udp_timeout"),
         udp_timeout_stream: seconds("netfilter/nf_conntrack_udp_timeout_stream"),
-        txrehash: None,
+        txrehash,
         syn_linear_timeouts: number("ipv4/tcp_syn_linear_timeouts").unwrap_or(0),
         syn_retries: number("ipv4/tcp_syn_retries"),
     }
@@ -95,7 +94,7 @@ mod tests {
     #[test]
     fn what_is_there_is_read() {
         let net = std::env::temp_dir().join(format!("vxmon-parameters-{}", std::process::id()));
-        assert_eq!(read(&net), Parameters::default());
+        assert_eq!(read(&net, None), Parameters::default());
         for (path, text) in [
             ("netfilter/nf_conntrack_udp_timeout", "30\n"),
             ("netfilter/nf_conntrack_udp_timeout_stream", "120\n"),
@@ -105,14 +104,14 @@ mod tests {
             fs::create_dir_all(net.join(path).parent().unwrap()).unwrap();
             fs::write(net.join(path), text).unwrap();
         }
-        let parameters = read(&net);
+        let parameters = read(&net, Some(false));
         fs::remove_dir_all(&net).unwrap();
         assert_eq!(
             parameters,
             Parameters {
                 udp_timeout: Some(30 * SECOND),
                 udp_timeout_stream: Some(120 * SECOND),
-                txrehash: None,
+                txrehash: Some(false),
                 syn_linear_timeouts: 4,
                 syn_retries: None,
             }
